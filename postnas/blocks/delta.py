@@ -1,0 +1,134 @@
+"""What the blocks of the gated delta rule share: sizes, gates, rule, gated norm, start."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from postnas.blocks.dims import Dims
+from postnas.blocks.norm import GatedRMSNorm
+from postnas.blocks.state import LinearState
+from postnas.blocks.step import Step
+from postnas.errors import UserError
+from postnas.ops.gated_delta_rule import CHUNK, gated_delta_rule
+
+
+@dataclass(frozen=True)
+class DeltaOptions:
+    """Options of a gated-delta-rule block; None means: as in the base's attention."""
+
+    num_heads: int | None = None
+    """Heads of queries, keys and values alike."""
+    head_dim: int | None = None
+    """Key dim."""
+    expand_v: float = 2.0
+    """Value dim as a multiple of the key dim, cut to a whole number."""
+    conv_size: int = 4
+    """Taps of the convolution."""
+    norm_eps: float = 1e-5
+    """Epsilon of the gated norm."""
+    qkv_bias: bool | None = None
+    """Biases on q, k and v."""
+
+    def resolve(self, dims: Dims) -> DeltaOptions:
+        """The options with every None filled in. Raises UserError for sizes that cannot be."""
+        # The official files hold norm_eps as text ("1e-5").
+        filled = replace(
+            self,
+            num_heads=dims.heads if self.num_heads is None else self.num_heads,
+            head_dim=dims.head_dim if self.head_dim is None else self.head_dim,
+            qkv_bias=dims.qkv_bias if self.qkv_bias is None else self.qkv_bias,
+            norm_eps=float(self.norm_eps),
+        )
+        for name, least in (("num_heads", 1), ("head_dim", 1), ("conv_size", 2)):
+            if getattr(filled, name) < least:
+                raise UserError(f"{name}: {getattr(filled, name)} is too small for a linear block; give {least} or more")
+        if filled.value_dim < 1:
+            raise UserError(f"expand_v: {self.expand_v} leaves no value dim; give a larger one")
+        return filled
+
+    @property
+    def value_dim(self) -> int:
+        return int((self.head_dim or 0) * self.expand_v)
+
+
+class DeltaMixer(nn.Module):
+    """Projections, gates and output of a gated-delta-rule block; what convolves is the block's own."""
+
+    State = LinearState
+    conv_channels: int
+    """Channels whose last inputs are remembered; each block sets its own."""
+
+    def __init__(self, dims: Dims, options: DeltaOptions) -> None:
+        super().__init__()
+        self.dims, self.options = dims, options
+        assert options.num_heads is not None and options.head_dim is not None
+        self.heads, self.key_dim, self.value_dim = options.num_heads, options.head_dim, options.value_dim
+        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
+        bias = bool(options.qkv_bias)
+        self.q_proj = nn.Linear(dims.hidden, keys, bias=bias)
+        self.k_proj = nn.Linear(dims.hidden, keys, bias=bias)
+        self.v_proj = nn.Linear(dims.hidden, values, bias=bias)
+        self.a_proj = nn.Linear(dims.hidden, self.heads, bias=False)
+        self.b_proj = nn.Linear(dims.hidden, self.heads, bias=False)
+        self.g_proj = nn.Linear(dims.hidden, values, bias=False)
+        self.o_proj = nn.Linear(values, dims.hidden, bias=False)
+        self.o_norm = GatedRMSNorm(self.value_dim, options.norm_eps)
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self, lowest: float = 0.0, highest: float = 16.0) -> None:
+        """Start the decay: A uniform in (lowest, highest), the time step log-uniform in [1e-3, 1e-1]."""
+        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(lowest, highest).clamp_(min=1e-4)
+        time = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+        self.A_log.copy_(rate.log())
+        self.dt_bias.copy_(time + torch.log(-torch.expm1(-time)))  # the inverse of softplus
+
+    def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, step: Step, state: LinearState | None) -> Tensor:
+        """x [B, T, hidden]; q, k [B, T, heads * key_dim] and v [B, T, heads * value_dim] ready for the rule."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        beta = step.mask(torch.sigmoid(self.b_proj(x).to(wide)))
+        g = step.mask(-self.A_log.to(wide).exp() * F.softplus(self.a_proj(x).to(wide) + self.dt_bias.to(wide)))
+        o, recurrent = gated_delta_rule(
+            q=q.unflatten(-1, (self.heads, self.key_dim)),
+            k=k.unflatten(-1, (self.heads, self.key_dim)),
+            v=v.unflatten(-1, (self.heads, self.value_dim)),
+            g=g,
+            beta=beta,
+            state=None if state is None else state.recurrent,
+            segments=step.segments,
+        )
+        if state is not None:
+            state.store(recurrent=recurrent)
+        return self.o_proj(self.o_norm(o, self.g_proj(x).unflatten(-1, (self.heads, self.value_dim))).flatten(2))
+
+    def state_bytes(self, context: int, dtype: torch.dtype) -> int:
+        """Bytes that one sequence holds, whatever its length: the state in float32, the convolution's inputs in dtype."""
+        conv = (self.options.conv_size - 1) * self.conv_channels * dtype.itemsize
+        return self.heads * self.key_dim * self.value_dim * 4 + conv
+
+    def flops(self, tokens: int, past: int = 0) -> int:
+        """Floating-point operations (a multiply-add is two) of `tokens` tokens, chunked where there is more than one.
+
+        A chunk of C tokens needs, a head, the products k.k, q.k (C C K each), the triangular system on
+        V + K columns (C C / 2 a column, as dense libraries count it), scores times values, and three
+        products with the state.
+        """
+        dims, keys, values = self.dims, self.key_dim, self.value_dim
+        linear = 2 * dims.hidden * (self.heads * (2 * keys + 3 * values) + 2 * self.heads)
+        if tokens == 1:
+            rule = 6 * keys * values
+        else:
+            size = min(CHUNK, tokens)
+            rule = 4 * size * keys + size * (keys + values) + 2 * size * values + 6 * keys * values
+        return tokens * (linear + self.heads * rule + self.extra_flops())
+
+    def extra_flops(self) -> int:
+        """Operations a token of the block's own convolution."""
+        return 2 * self.conv_channels * self.options.conv_size

@@ -1,0 +1,181 @@
+"""Start a linear block from the attention that it replaces, head by head.
+
+Query head h of the base reads KV head h // (heads / kv_heads), so each new head gets the rows of
+its own query head and of that KV head: keys and values are repeated per head, never per row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from postnas.blocks.attention import Attention
+from postnas.blocks.delta import DeltaMixer
+from postnas.blocks.step import Rope, Step
+
+EXTRA_STD = 0.02
+"""Standard deviation of value rows that the attention has no source for."""
+EXTRA_OUT_STD = 0.002
+"""Standard deviation of their columns in the output projection: small, so that they disturb little."""
+
+
+@torch.no_grad()
+def inherit(
+    mixer: DeltaMixer,
+    attention: Attention,
+    sample: tuple[Tensor, Tensor] | None = None,
+    start: str = "random",
+    seed: int = 0,
+) -> None:
+    """Set `mixer`'s weights from `attention`'s, in place.
+
+    - New head i takes the source head floor((i + 1/2) heads / new heads): itself at equal counts.
+    - Key dim below the head dim: q and k become the leading singular directions of W_q^T W_k of that
+      head. Above: extra rows are small random. A q/k norm of the base is folded into the rows as its
+      weight; its division by the norm is not needed, since the rule normalises q and k itself.
+    - Value dim below the head dim: v and o become the leading singular directions of W_o W_v. Above:
+      extra rows are small random (`random`), or the same rows and output columns with the opposite
+      sign and equal gates (`plus_minus`): SiLU(v) - SiLU(-v) = v, so values pass linearly.
+    - The convolution is the identity, the decay slow (A uniform in (0.5, 8)), the gate such that it is
+      nearly 1 where that can be had from `sample`, and o_norm the least-squares fit to the attention's output.
+
+    sample: the attention's input and output x, y [N, T, hidden] on a few thousand tokens; without it
+    gates start random and o_norm at one. seed: of everything random here.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    dims = attention.dims
+    group = dims.heads // dims.kv_heads
+    q, k, v = (_head_rows(p) for p in ((attention.q_proj, dims.heads), (attention.k_proj, dims.kv_heads), (attention.v_proj, dims.kv_heads)))
+    if dims.qk_norm:
+        q, k = q * attention.q_norm.weight.float()[:, None], k * attention.k_norm.weight.float()[:, None]
+    o = attention.o_proj.weight.float().unflatten(1, (dims.heads, dims.head_dim))  # [hidden, heads, head_dim]
+    rows: dict[str, list[Tensor]] = {"q": [], "k": [], "v": [], "o": []}
+    for index in range(mixer.heads):
+        head = int((index + 0.5) * dims.heads / mixer.heads)
+        head_q, head_k = _fit_keys(q[head], k[head // group], mixer.key_dim, generator)
+        head_v, head_o = _fit_values(v[head // group], o[:, head], mixer.value_dim, start, generator)
+        for name, value in zip("qkvo", (head_q, head_k, head_v, head_o), strict=True):
+            rows[name].append(value)
+    for name in "qkv":
+        projection = getattr(mixer, f"{name}_proj")
+        joined = torch.cat(rows[name])
+        projection.weight.copy_(joined[:, : dims.hidden])
+        if projection.bias is not None:
+            projection.bias.copy_(joined[:, dims.hidden])
+    mixer.o_proj.weight.copy_(torch.cat(rows["o"], dim=1))
+    for module in mixer.modules():
+        if module is not mixer and hasattr(module, "reset_parameters") and not isinstance(module, nn.Linear):
+            module.reset_parameters()
+    _start_gates(mixer, sample, start, generator)
+    if sample is not None:
+        _fit_norm(mixer, *sample)
+
+
+def _head_rows(source: tuple[nn.Linear, int]) -> Tensor:
+    """[heads, head_dim, hidden + 1] in float32; the last column is the bias, zero where there is none."""
+    projection, heads = source
+    weight = projection.weight.float()
+    bias = weight.new_zeros(weight.shape[0]) if projection.bias is None else projection.bias.float()
+    return torch.cat([weight, bias[:, None]], dim=1).unflatten(0, (heads, -1))
+
+
+def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator, like: Tensor) -> Tensor:
+    return (torch.randn(shape, generator=generator) * std).to(like.device)
+
+
+def _fit_keys(q: Tensor, k: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """q, k [head_dim, hidden + 1] at `size` rows."""
+    own = q.shape[0]
+    if size < own:
+        return _leading(q, k, size)
+    extra = (size - own, q.shape[1])
+    return (
+        torch.cat([q, _normal(extra, EXTRA_STD, generator, q)]),
+        torch.cat([k, _normal(extra, EXTRA_STD, generator, k)]),
+    )
+
+
+def _fit_values(v: Tensor, o: Tensor, size: int, start: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """v [head_dim, hidden + 1] and o [hidden, head_dim] at `size` channels."""
+    own = v.shape[0]
+    if size < own:
+        v, o = _leading(v, o.T, size)
+        return v, o.T
+    extra = size - own
+    if start == "plus_minus":
+        repeats = -(-extra // own)
+        signs = v.new_tensor([(-1.0) ** (1 + r) for r in range(repeats) for _ in range(own)])[:extra]
+        more_v, more_o = v.repeat(repeats, 1)[:extra], o.repeat(1, repeats)[:, :extra]
+        return torch.cat([v, signs[:, None] * more_v]), torch.cat([o, signs * more_o], dim=1)
+    return (
+        torch.cat([v, _normal((extra, v.shape[1]), EXTRA_STD, generator, v)]),
+        torch.cat([o, _normal((o.shape[0], extra), EXTRA_OUT_STD, generator, o)], dim=1),
+    )
+
+
+def _leading(a: Tensor, b: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """a [n, p], b [n, r] replaced by `size` rows each, so that a^T b is the best of that rank."""
+    a_basis, a_rest = torch.linalg.qr(a.T)
+    b_basis, b_rest = torch.linalg.qr(b.T)
+    left, values, right = torch.linalg.svd(a_rest @ b_rest.T)
+    root = values[:size].sqrt()
+    return (a_basis @ left[:, :size] * root).T, (b_basis @ right[:size].T * root).T
+
+
+def _start_gates(mixer: DeltaMixer, sample: tuple[Tensor, Tensor] | None, start: str, generator: torch.Generator) -> None:
+    """Output gate, write strength and decay."""
+    hidden = mixer.dims.hidden
+    gate = _normal((mixer.heads, mixer.value_dim, hidden), 0.5 * hidden**-0.5, generator, mixer.g_proj.weight)
+    own = mixer.dims.head_dim
+    if start == "plus_minus" and mixer.value_dim > own:
+        gate = gate[:, :own].repeat(1, -(-mixer.value_dim // own), 1)[:, : mixer.value_dim]
+    gate = gate.flatten(0, 1)
+    for projection in (mixer.a_proj, mixer.b_proj):
+        projection.weight.copy_(_normal(tuple(projection.weight.shape), 0.1 * hidden**-0.5, generator, gate))
+    mixer.reset_parameters(0.5, 8.0)
+    if sample is not None:
+        # The direction u that comes closest to u.x = 1 for every token (normed hidden states share a
+        # large mean): with it the gate starts nearly open and constant instead of random.
+        x = sample[0].flatten(0, 1).double()
+        ridge = 1e-3 * x.square().sum() / hidden * torch.eye(hidden, dtype=x.dtype, device=x.device)
+        u = torch.linalg.solve(x.T @ x + ridge, x.sum(0)).float()
+        gate = gate * 0.2 + 1.5 * u
+    mixer.g_proj.weight.copy_(gate)
+
+
+def _fit_norm(mixer: DeltaMixer, x: Tensor, y: Tensor) -> None:
+    """o_norm's weight w by least squares: the output is linear in w, sum over channels of w_c z_c."""
+    mixer.o_norm.weight.fill_(1.0)
+    captured: list[Tensor] = []
+    handle = mixer.o_proj.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        mixer(x.to(mixer.o_proj.weight.dtype), plain_step(x))
+    finally:
+        handle.remove()
+    z = captured[0].double().flatten(0, 1).unflatten(1, (mixer.heads, mixer.value_dim))
+    o = mixer.o_proj.weight.double().unflatten(1, (mixer.heads, mixer.value_dim))
+    # Normal equations of y[n] = sum_c w_c sum_h z[n, h, c] o[:, h, c], without the products themselves:
+    # A[c, d] = sum over h, g of (z_h,c . z_g,d) (o_h,c . o_g,d).
+    size = (mixer.value_dim, mixer.heads, mixer.value_dim)
+    flat_z, flat_o = z.transpose(1, 2).flatten(1), o.transpose(1, 2).flatten(1)
+    products = (flat_z.T @ flat_z) * (flat_o.T @ flat_o)
+    a = products.unflatten(0, size[:2]).unflatten(2, (mixer.value_dim, mixer.heads)).sum((1, 3))
+    b = ((y.double().flatten(0, 1) @ flat_o) * flat_z).sum(0).unflatten(0, size[:2]).sum(1)
+    ridge = 1e-3 * a.diagonal().mean() * torch.eye(mixer.value_dim, dtype=a.dtype, device=a.device)
+    mixer.o_norm.weight.copy_(torch.linalg.solve(a + ridge, b).float())
+
+
+def plain_step(x: Tensor, rope: Rope | None = None) -> Step:
+    """The step of whole, unpadded, unpacked rows x [B, T, hidden]."""
+
+    def angles(kind: str) -> Rope:
+        assert rope is not None, "attention needs RoPE"
+        return rope
+
+    return Step(x.shape[0], x.shape[1], x.device, angles)
+
+
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error as a share of the target's squared size, over everything: 0 is exact, 1 is as bad as zero."""
+    output, target = output.float(), target.float()
+    return (output - target).square().sum() / target.square().sum().clamp(min=1e-12)

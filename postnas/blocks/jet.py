@@ -1,0 +1,95 @@
+"""The JetBlock (arXiv 2508.15884, section 3.3): the gated delta rule with a dynamic convolution on the values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from postnas.blocks.delta import DeltaMixer, DeltaOptions
+from postnas.blocks.dims import Dims
+from postnas.blocks.state import LinearState
+from postnas.blocks.step import Step
+from postnas.errors import UserError
+from postnas.ops.dynamic_conv import causal_conv
+
+
+@dataclass(frozen=True)
+class JetOptions(DeltaOptions):
+    """Options of the JetBlock."""
+
+    dconv_generator_reduction: int = 8
+    """The kernel generator's inner width is the value channels divided by this."""
+
+    def resolve(self, dims: Dims) -> JetOptions:
+        filled = super().resolve(dims)
+        assert isinstance(filled, JetOptions) and filled.num_heads is not None
+        if filled.num_heads * filled.value_dim < filled.dconv_generator_reduction:
+            raise UserError(
+                f"jet.dconv_generator_reduction: {filled.dconv_generator_reduction} leaves the kernel generator no width; "
+                f"give at most {filled.num_heads * filled.value_dim}"
+            )
+        return filled
+
+
+class KernelGenerator(nn.Module):
+    """w2(SiLU(w1 x)): a kernel of W taps for each of D channels, from the token itself."""
+
+    def __init__(self, hidden: int, channels: int, taps: int, reduction: int) -> None:
+        super().__init__()
+        self.channels, self.taps = channels, taps
+        self.w1 = nn.Linear(hidden, channels // reduction, bias=False)
+        self.w2 = nn.Linear(channels // reduction, channels * taps, bias=True)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Begin as the identity. As released both matrices start at zero and never get a gradient; with
+        w1 an ordinary layer, w2 zero and the bias a static convolution the generator can learn."""
+        self.w2.weight.zero_()
+        self.w2.bias.zero_()
+        self.w2.bias.view(self.channels, self.taps)[:, -1] = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, hidden] -> taps [B, T, D, W], the last tap on the token itself."""
+        return self.w2(F.silu(self.w1(x))).unflatten(-1, (-1, self.taps))
+
+
+class DynamicConv(nn.Module):
+    """Holds the kernel generator under its official name, `dynamic_conv1d.kernel_generator`."""
+
+    def __init__(self, hidden: int, channels: int, options: JetOptions) -> None:
+        super().__init__()
+        self.kernel_generator = KernelGenerator(
+            hidden, channels, options.conv_size, options.dconv_generator_reduction
+        )
+
+
+class Jet(DeltaMixer):
+    """q = SiLU(W_q x), k = SiLU(W_k x), v = SiLU(conv(W_v x)) with kernels made from x, then the gated delta rule."""
+
+    Options = JetOptions
+
+    def __init__(self, dims: Dims, options: JetOptions) -> None:
+        super().__init__(dims, options)
+        self.conv_channels = self.heads * self.value_dim
+        self.dynamic_conv1d = DynamicConv(dims.hidden, self.conv_channels, options)
+
+    def forward(self, x: Tensor, step: Step, state: LinearState | None = None) -> tuple[Tensor, LinearState | None]:
+        """x: [B, T, hidden] -> y of the same shape; `state` is changed in place."""
+        v, conv = causal_conv(
+            step.mask(self.v_proj(x)),
+            self.dynamic_conv1d.kernel_generator(x),
+            history=None if state is None else state.conv,
+            segments=step.segments,
+            lengths=step.lengths,
+        )
+        if state is not None:
+            state.store(conv=conv)
+        return self.mix(x, F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), F.silu(v), step, state), state
+
+    def extra_flops(self) -> int:
+        generator = self.dynamic_conv1d.kernel_generator
+        return super().extra_flops() + 2 * (generator.w1.weight.numel() + generator.w2.weight.numel())

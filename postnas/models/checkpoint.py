@@ -1,0 +1,137 @@
+"""Base models from disk: a folder of safetensors or a GGUF file, as a model with every layer on attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from postnas.errors import UserError
+from postnas.files import read_json, replacing
+from postnas.models.config import HybridConfig
+from postnas.models.families import from_base
+from postnas.models.model import HybridForCausalLM, RotaryEmbedding
+from postnas.sources import cache_dir, file_sha256, resolve_config, resolve_model
+
+
+def base_folder(name: str, sha256: str | None = None) -> Path:
+    """A folder with config.json, safetensors and a tokenizer, for any name that `sources` resolves.
+
+    A GGUF file is dequantised once, to float32, into the user's cache.
+    """
+    path = resolve_model(name, sha256)
+    return _dequantised(path) if path.suffix == ".gguf" else path
+
+
+def base_config(name: str) -> HybridConfig:
+    """The base's sizes, from its config alone. Raises UserError for an unknown architecture."""
+    from transformers import AutoConfig
+
+    path = resolve_config(name)
+    values = read_json(path)
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise UserError(f"{path}: has no model_type; give the config.json of a model")
+    try:
+        config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
+    except ValueError:
+        raise UserError(f"{path}: model_type {values['model_type']!r} is unknown to transformers; choose another base") from None
+    return HybridConfig(**from_base(config))
+
+
+def load_base(name: str, sha256: str | None = None, dtype: torch.dtype = torch.bfloat16) -> HybridForCausalLM:
+    """The base on the CPU, weights in `dtype`, in evaluation mode, nothing requiring a gradient."""
+    folder = base_folder(name, sha256)
+    model = model_from_weights(base_config(str(folder)), read_weights(folder), dtype)
+    return model.requires_grad_(False)
+
+
+def model_from_weights(config: HybridConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> HybridForCausalLM:
+    """A model that holds these very tensors (cast to `dtype`). Raises UserError where one is missing or left over."""
+    with torch.device("meta"):
+        model = HybridForCausalLM(config)
+    if config.tie_word_embeddings:
+        weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in weights.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"weights: {name} is {found.get(name, 'missing')} and should be {wanted.get(name, 'absent')}; "
+                "the file does not fit its config"
+            )
+    model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
+    model.model.rotary_emb = RotaryEmbedding(config)
+    model.tie_weights()
+    return model.eval()
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files. Raises UserError for a cut-off file."""
+    weights: dict[str, Tensor] = {}
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: holds no safetensors; give a folder with *.safetensors")
+    for path in files:
+        weights |= read_tensors(path)
+    return weights
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file. Raises UserError for a missing or cut-off file."""
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: is not a whole safetensors file ({error}); fetch or make it again") from error
+
+
+def _dequantised(path: Path) -> Path:
+    """The cache folder of a GGUF file, made when it is not there yet."""
+    folder = cache_dir() / "gguf" / file_sha256(path)[:24]
+    if (folder / "config.json").exists():
+        return folder
+    architecture = _gguf_architecture(path)
+    if architecture != "llama":
+        raise UserError(f"{path}: GGUF of architecture {architecture!r} is not supported; give one of llama")
+    config, weights, tokenizer = _read_gguf(path)
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_pretrained(temporary)
+        config.save_pretrained(temporary)
+    return folder
+
+
+def _gguf_architecture(path: Path) -> str:
+    """The architecture in a GGUF's header. Raises UserError for a file that is cut off or is no GGUF."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(path)
+        field = reader.get_field("general.architecture")
+        last = reader.tensors[-1]
+        whole = field is not None and last.data_offset + last.n_bytes <= path.stat().st_size
+    except (ValueError, IndexError, OSError) as error:
+        raise UserError(f"{path}: is not a whole GGUF file ({error}); fetch it again") from error
+    if not whole:
+        raise UserError(f"{path}: is cut off; fetch it again")
+    assert field is not None
+    return str(field.contents())
+
+
+def _read_gguf(path: Path) -> tuple[Any, dict[str, Tensor], Any]:
+    """Config, float32 weights and tokenizer of a Llama GGUF, by transformers' own reader."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    # transformers leaves a quantization_config behind that its own save_pretrained then refuses.
+    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "model_type", "dtype")}
+    config = LlamaConfig(**fields)
+    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight")
+    return config, weights, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

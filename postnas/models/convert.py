@@ -1,0 +1,50 @@
+"""A base to a hybrid in one call: weights inherited, nothing trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from postnas.blocks import make_block
+from postnas.blocks.delta import DeltaMixer
+from postnas.blocks.inherit import inherit
+from postnas.errors import UserError
+from postnas.models.checkpoint import load_base
+from postnas.models.config import check_placement
+from postnas.models.model import HybridForCausalLM
+from postnas.models.supernet import Placement, Supernet
+
+
+def convert(
+    base: str | HybridForCausalLM,
+    placement: Placement,
+    options: dict[str, dict[str, Any]] | None = None,
+    start: str = "random",
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> HybridForCausalLM:
+    """A hybrid of `base` with one mixer a layer as `placement` says, each started from the attention it replaces.
+
+    base: a name that `sources` resolves (hub id, folder, GGUF, package:...), or a loaded base. options:
+    of the blocks, {block: {option: value}}. Untrained linear layers lose much: align them, then distil.
+    Raises UserError for a placement of the wrong length, unknown blocks, or sizes that cannot be.
+    """
+    model = load_base(base, dtype=dtype) if isinstance(base, str) else base
+    supernet = Supernet(model, {})
+    check_placement(placement, supernet.layers)
+    for layer, block in enumerate(placement):
+        if block == supernet.attention[layer]:
+            continue
+        attention = model.model.layers[layer].self_attn
+        if block not in supernet.candidates:
+            supernet.candidates[block] = [torch.nn.Module() for _ in range(supernet.layers)]
+        mixer = make_block(block, model.config.dims(), (options or {}).get(block))
+        if isinstance(mixer, DeltaMixer):
+            inherit(mixer, attention, start=start, seed=seed + layer)
+        elif block == "swa":
+            mixer.load_state_dict(attention.state_dict())
+        else:
+            raise UserError(f"placement[{layer}]: the base has a window here and cannot become {block!r}; keep 'swa'")
+        supernet.candidates[block][layer] = mixer
+    return supernet.build(placement, dtype)

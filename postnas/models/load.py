@@ -1,0 +1,41 @@
+"""Our classes among transformers' Auto classes, and a finished hybrid from its folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from postnas.errors import UserError
+
+
+def register() -> None:
+    """Make AutoConfig and AutoModelForCausalLM know the model type `postnas`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from postnas.models.config import HybridConfig
+    from postnas.models.model import HybridForCausalLM
+
+    AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+    AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+
+
+def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """A finished hybrid and its tokenizer, from the `model` folder of a run, in evaluation mode.
+
+    dtype: as saved where None. Raises UserError where the folder holds no hybrid or a file is cut off.
+    """
+    from transformers import AutoTokenizer
+
+    from postnas.models.model import HybridForCausalLM
+
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds no config.json; give the `model` folder of a finished run")
+    try:
+        model = HybridForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); write the model again") from error
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)

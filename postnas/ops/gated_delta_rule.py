@@ -1,0 +1,138 @@
+"""The gated delta rule (Yang et al., arXiv 2412.06464) in plain PyTorch: recurrent and chunked.
+
+A state S [K, V] a head decays, then learns what it does not yet say about the key:
+    S <- exp(g) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
+with k and q normalised in L2 and q scaled by K^-0.5. Both forms compute in float32 (float64 where
+the inputs are), have the same keywords, and give the same outputs, states and gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK = 64
+"""Tokens that the chunked form solves at once; longer chunks cost quadratic work, shorter ones more steps."""
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs and last state of the gated delta rule, by the form that suits the length.
+
+    q, k: [B, T, H, K], any float type, not yet normalised. v: [B, T, H, V]. g: [B, T, H], the log
+    of the decay, <= 0. beta: [B, T, H] in (0, 1). state: [B, H, K, V] float32, zeros where None.
+    segments: [B, T] integers that never fall; the state is forgotten where they rise, and `state`
+    belongs to the first segment. A token with beta = 0 and g = 0 leaves the state as it was.
+
+    Returns o [B, T, H, V] in v's type and the state after the last token [B, H, K, V] float32.
+    """
+    form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
+    return form(q=q, k=k, v=v, g=g, beta=beta, state=state, segments=segments)
+
+
+def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, ...]:
+    """Everything in float32 (or float64) with heads before tokens: [B, H, T, ...]; q, k normalised."""
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    q, k, v, g, beta = (x.to(dtype).transpose(1, 2) for x in (q, k, v, g, beta))
+    q = q * torch.rsqrt(q.square().sum(-1, keepdim=True) + 1e-6) * q.shape[-1] ** -0.5
+    k = k * torch.rsqrt(k.square().sum(-1, keepdim=True) + 1e-6)
+    if state is None:
+        state = v.new_zeros(v.shape[0], v.shape[1], k.shape[-1], v.shape[-1])
+    return q, k, v, g, beta, state.to(dtype)
+
+
+def recurrent_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Token by token; see `gated_delta_rule`. The reference, and the step of decode."""
+    dtype = v.dtype
+    q, k, v, g, beta, state = _prepare(q, k, v, g, beta, state)
+    decay = g.exp()
+    if segments is not None:
+        decay = decay * _continues(segments)[:, None]
+    outputs = []
+    for t in range(q.shape[2]):
+        k_t, q_t = k[:, :, t, :, None], q[:, :, t, :, None]
+        state = decay[:, :, t, None, None] * state
+        delta = beta[:, :, t, None] * (v[:, :, t] - (state * k_t).sum(-2))
+        state = state + k_t * delta[:, :, None]
+        outputs.append((state * q_t).sum(-2))
+    return torch.stack(outputs, dim=1).to(dtype), state
+
+
+def _continues(segments: Tensor) -> Tensor:
+    """[B, T] bool: does the token belong to the segment of the one before it?"""
+    return F.pad(segments[:, 1:] == segments[:, :-1], (1, 0), value=True)
+
+
+def chunk_gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None = None,
+    segments: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Chunk by chunk; see `gated_delta_rule`. Within a chunk the updates are one triangular system.
+
+    With G the running sum of g in the chunk, L[i, j] = beta_i exp(G_i - G_j) k_i.k_j for j < i, the
+    corrections are U = (I + L)^-1 (beta v - beta exp(G) k S0), after which outputs and the next
+    state are plain matrix products (the WY form of arXiv 2406.06484 with decay).
+    """
+    dtype, length = v.dtype, q.shape[1]
+    q, k, v, g, beta, state = _prepare(q, k, v, g, beta, state)
+    batch, heads = q.shape[:2]
+    size = min(CHUNK, length)
+    padding = -length % size
+    if padding:
+        q, k, v = (F.pad(x, (0, 0, 0, padding)) for x in (q, k, v))
+        g, beta = F.pad(g, (0, padding)), F.pad(beta, (0, padding))
+    q, k, v, g, beta = (x.unflatten(2, (-1, size)) for x in (q, k, v, g, beta))
+    total = g.cumsum(-1)  # [B, H, N, C]
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    if segments is not None:
+        segments = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
+        chunks = segments.unflatten(1, (-1, size))  # [B, N, C]
+        causal = causal & (chunks[..., :, None] == chunks[..., None, :])[:, None]
+        before = torch.cat([chunks[:, :1, 0], chunks[:, :-1, -1]], dim=1)
+        reaches = (chunks == before[..., None])[:, None]  # does the state before the chunk reach the token?
+        stays = (chunks == chunks[..., -1:])[:, None]  # does the token belong to the chunk's last segment?
+    # exp only where it is wanted: above the diagonal it could overflow and poison the gradient
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~causal, float("-inf")).exp()
+    system = (beta[..., None] * (k @ k.transpose(-1, -2)) * decay).tril(-1)
+    reach = total.exp()[..., None]
+    if segments is not None:
+        reach = reach * reaches[..., None]
+    sources = torch.cat([beta[..., None] * v, beta[..., None] * reach * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system, sources, upper=False, unitriangular=True)
+    values, keys = solved.split([v.shape[-1], k.shape[-1]], dim=-1)
+    scores = (q @ k.transpose(-1, -2)) * decay
+    q = q * reach
+    remaining = (total[..., -1:] - total).exp()[..., None]
+    last = total[..., -1].exp()[..., None, None]
+    if segments is not None:
+        remaining = remaining * stays[..., None]
+        last = last * (reaches & stays)[..., -1, None, None]
+    k = k * remaining
+    outputs = []
+    for n in range(q.shape[2]):
+        delta = values[:, :, n] - keys[:, :, n] @ state
+        outputs.append(q[:, :, n] @ state + scores[:, :, n] @ delta)
+        state = last[:, :, n] * state + k[:, :, n].transpose(-1, -2) @ delta
+    output = torch.stack(outputs, dim=2).reshape(batch, heads, length + padding, -1)
+    return output[:, :, :length].transpose(1, 2).to(dtype), state

@@ -1,0 +1,259 @@
+"""The recipe: one complete, typed value that says what a run does. Read from YAML, saved resolved.
+
+Every field has its meaning in the line under it; checks that need one field only stand in
+`__post_init__`, so a recipe that exists is sound by itself. Names of blocks, strategies and tasks are checked
+against their own tables when a run begins (pipeline.check), so that those stand in one place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from postnas.errors import UserError
+
+STAGES = ("align", "place", "train", "evaluate", "bench", "report")
+DTYPES = ("float32", "bfloat16")
+OBJECTIVES = ("kl", "copy")
+
+
+def _need(condition: bool, name: str, value: Any, mend: str) -> None:
+    if not condition:
+        raise UserError(f"{name}: {value!r} is not possible; {mend}")
+
+
+def _positive(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _need(value > 0, f"{type(section).__name__.lower()}.{name}", value, "give a number above 0")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The pretrained full-attention model."""
+
+    model: str = ""
+    """A hub id, a folder of safetensors, a .gguf file, or `package:NAME==VERSION/PATH`."""
+    sha256: str | None = None
+    """SHA-256 of the file (of the GGUF, of the package's member); checked when given."""
+    dtype: str = "bfloat16"
+    """Type of the frozen weights: bfloat16 or float32."""
+    licence: str = "see the base model"
+    """Licence of the base, for the model card."""
+
+    def __post_init__(self) -> None:
+        _need(bool(self.model), "base.model", self.model, "name a hub id, a folder, a .gguf or package:NAME==VERSION/PATH")
+        _need(self.dtype in DTYPES, "base.dtype", self.dtype, f"choose one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Text:
+    """One source of text."""
+
+    source: str
+    """A path or glob, `hf:NAME`, or `package:NAME==VERSION/PATH`."""
+    sha256: str | None = None
+    """SHA-256 of the file; checked when given."""
+    field: str = "text"
+    """The column or key that holds the text, where the format has any."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on. One pass of every source is tokenised once, into one file."""
+
+    text: list[Text] = field(default_factory=list)
+    """The sources, read one after the other."""
+    tokens: int = 2_000_000
+    """Tokens of training text that are kept; a stage that needs more passes over them again."""
+    heldout: float = 0.05
+    """Share of the documents held out, chosen by a hash of the document before anything else."""
+    heldout_tokens: int = 65_536
+    """Tokens of held-out text that are kept."""
+    borders: bool = False
+    """Whether attention and states stop at a document's border in training."""
+
+    def __post_init__(self) -> None:
+        _need(len(self.text) > 0, "data.text", [], "name at least one source of text")
+        _need(0 < self.heldout < 1, "data.heldout", self.heldout, "give a share between 0 and 1")
+        _positive(self, "tokens", "heldout_tokens")
+
+
+@dataclass(frozen=True)
+class Align:
+    """Stage 0: candidates are trained to give the attention's output from its input."""
+
+    blocks: list[str] = field(default_factory=lambda: ["jet"])
+    """Linear blocks that every layer gets a candidate of."""
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Options of a block that differ from its own, as {block: {option: value}}."""
+    start: str = "random"
+    """How value channels beyond the attention's start: `random` (small) or `plus_minus`."""
+    tokens: int = 100_000
+    """Tokens each candidate sees."""
+    length: int = 256
+    """Tokens a sequence."""
+    batch: int = 4
+    """Sequences a step."""
+    lr: float = 2e-3
+    """Peak learning rate (AdamW, cosine to a tenth, 5% warm-up)."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _need(len(self.blocks) > 0, "align.blocks", [], "name at least one linear block")
+        _need(self.start in ("random", "plus_minus"), "align.start", self.start, "choose random or plus_minus")
+        _positive(self, "tokens", "length", "batch", "lr", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Place:
+    """PostNAS 1: which layers keep full attention."""
+
+    strategy: str = "swap"
+    """`swap`, `greedy`, `uniform` or `random`."""
+    budget: int = 15
+    """Layers that keep full attention."""
+    block: str = "jet"
+    """The linear block of all other layers."""
+    objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0, "copy": 1.0})
+    """Weights of the objectives: `kl` (nats a token to the base), `copy` (nats a token on a repeated passage)."""
+    tokens: int = 2048
+    """Tokens that each placement is scored on, for each objective."""
+
+    def __post_init__(self) -> None:
+        _need(self.budget >= 0, "place.budget", self.budget, "give 0 or more layers")
+        for name, weight in self.objective.items():
+            _need(name in OBJECTIVES, "place.objective", name, f"choose from {', '.join(OBJECTIVES)}")
+            _need(weight >= 0, f"place.objective.{name}", weight, "give a weight of 0 or more")
+        _need(sum(self.objective.values()) > 0, "place.objective", self.objective, "give one objective a weight above 0")
+        _positive(self, "tokens")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Stage 1: mixers only, forward KL from the base. Stage 2 has the same fields, trains all weights."""
+
+    tokens: int = 100_000
+    """Tokens; 0 leaves the stage out."""
+    length: int = 256
+    """Tokens a sequence."""
+    batch: int = 4
+    """Sequences a step."""
+    lr: float = 7e-4
+    """Peak learning rate (AdamW, cosine to a tenth, 5% warm-up)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient of all weights together."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        _need(self.tokens >= 0, "train.tokens", self.tokens, "give 0 or more tokens")
+        _positive(self, "length", "batch", "lr", "clip", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What was kept."""
+
+    tasks: list[str] = field(default_factory=lambda: ["arc_easy", "piqa"])
+    """Multiple-choice tasks, by the name of their file in evaluate/tasks."""
+    limit: int | None = 400
+    """Rows a task; all where null."""
+    perplexity_tokens: int = 16_384
+    """Held-out tokens that perplexity is measured on."""
+    length: int = 512
+    """Tokens a sequence for perplexity."""
+    copy_passages: int = 32
+    """Passages of the copy test; 0 leaves it out."""
+    copy_tokens: int = 200
+    """Tokens of a passage, which stands twice."""
+    copy_filler: int = 300
+    """Tokens between the two."""
+
+    def __post_init__(self) -> None:
+        _need(self.limit is None or self.limit > 0, "evaluate.limit", self.limit, "give a number above 0, or null for all rows")
+        _need(self.copy_passages >= 0, "evaluate.copy_passages", self.copy_passages, "give 0 or more")
+        _positive(self, "perplexity_tokens", "length", "copy_tokens", "copy_filler")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was won: prefill and decode of base and hybrid in one process."""
+
+    contexts: list[int] = field(default_factory=lambda: [1024, 8192])
+    """Tokens in the cache when decoding starts, and tokens of the prefill."""
+    batch: int = 1
+    """Sequences."""
+    decode_tokens: int = 16
+    """Decode steps that are timed at each context."""
+
+    def __post_init__(self) -> None:
+        _need(len(self.contexts) > 0 and all(c > 0 for c in self.contexts), "bench.contexts", self.contexts, "give numbers above 0")
+        _positive(self, "batch", "decode_tokens")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run. `postnas run FILE --section.field VALUE` changes single fields."""
+
+    base: Base
+    """The pretrained model."""
+    data: Data
+    """The text."""
+    align: Align = field(default_factory=Align)
+    """Stage 0."""
+    place: Place = field(default_factory=Place)
+    """PostNAS 1."""
+    train: Train = field(default_factory=Train)
+    """Stage 1 of the distillation: mixers only."""
+    stage2: Train = field(default_factory=lambda: Train(tokens=0, lr=1e-5))
+    """Stage 2 of the distillation: all weights; off while its tokens are 0."""
+    evaluate: Evaluate = field(default_factory=Evaluate)
+    """What was kept."""
+    bench: Bench = field(default_factory=Bench)
+    """What was won."""
+    stages: list[str] = field(default_factory=lambda: list(STAGES))
+    """The stages that run, always in this order: align, place, train, evaluate, bench, report."""
+    seed: int = 0
+    """Seed of everything random."""
+    threads: int = 2
+    """CPU threads; the promise of equal bits holds for equal threads."""
+    device: str = "auto"
+    """`cpu`, `cuda`, or `auto`: cuda where there is one."""
+    compute: str = "bfloat16"
+    """Type that matrix products run in; master weights are float32 in any case."""
+    out: str = "runs/run"
+    """The run directory."""
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            _need(stage in STAGES, "stages", stage, f"choose from {', '.join(STAGES)}")
+        _need(self.compute in DTYPES, "compute", self.compute, f"choose one of {', '.join(DTYPES)}")
+        _need(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+        _need(self.place.block in self.align.blocks, "place.block", self.place.block, "add it to align.blocks")
+        _positive(self, "threads")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as they stand in recipe.yaml."""
+        return dataclasses.asdict(self)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted names of the fields in which two resolved recipes differ, with both values."""
+    found = []
+    for name in sorted(old.keys() | new.keys()):
+        left, right = old.get(name), new.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, f"{prefix}{name}.")
+        elif left != right:
+            found.append(f"{prefix}{name} was {left!r} and is {right!r}")
+    return found
+
+
+def run_directory(recipe: Recipe) -> Path:
+    return Path(recipe.out)

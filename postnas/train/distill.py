@@ -1,0 +1,98 @@
+"""The two stages of distillation: mixers only beside the shared, frozen base; then all weights from a frozen copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postnas.data import Tokens
+from postnas.models.model import HybridForCausalLM
+from postnas.models.supernet import Placement, Supernet
+from postnas.ops.chunked_loss import chunked_kl
+from postnas.recipe import Train
+from postnas.train.loop import Plan, autocast, fit
+
+
+def _plan(stage: str, train: Train) -> Plan:
+    per_step = train.batch * train.length
+    steps = -(-train.tokens // per_step)
+    return Plan(stage, steps, per_step, train.lr, train.weight_decay, train.clip, train.checkpoint_every)
+
+
+def train_mixers(
+    supernet: Supernet,
+    placement: Placement,
+    train: Train,
+    tokens: Tokens,
+    run: Path,
+    seed: int,
+    compute: torch.dtype,
+    borders: bool = False,
+) -> None:
+    """Stage 1: the placement's candidates learn by forward KL from the base; everything else is shared and frozen.
+
+    Layers before the first candidate are the same for both, so they run once and carry no gradient.
+    Changes the candidates in place; resumes from run/checkpoints/train.
+    """
+    device = supernet.head.device
+    parameters = {
+        f"{index}.{name}": p
+        for index, block in enumerate(placement)
+        if block != supernet.attention[index]
+        for name, p in supernet.mixer(index, block).named_parameters()
+    }
+    if not parameters:
+        return
+    first = supernet.first_change(placement)
+
+    def backward(number: int) -> dict[str, Any]:
+        batch = tokens.batch(number, train.batch, train.length, seed + 17, borders)
+        positions = None if batch.positions is None else batch.positions.to(device)
+        with autocast(device, compute):
+            with torch.no_grad():
+                h, step = supernet.embed(batch.tokens.to(device), positions)
+                h = supernet.run(h, step, supernet.attention, stop=first)
+                teacher = supernet.norm(supernet.run(h, step, supernet.attention, start=first))
+            student = supernet.norm(supernet.run(h, step, placement, start=first))
+            loss = chunked_kl(student.flatten(0, 1), supernet.head, teacher.flatten(0, 1), supernet.head)
+        loss.backward()
+        return {"loss": loss.item()}
+
+    fit(_plan("train", train), [parameters], backward, run)
+
+
+def train_all(
+    student: HybridForCausalLM,
+    base: HybridForCausalLM,
+    train: Train,
+    tokens: Tokens,
+    run: Path,
+    seed: int,
+    compute: torch.dtype,
+    borders: bool = False,
+) -> None:
+    """Stage 2: all weights of `student` (float32, its own copy) learn by forward KL from the frozen base.
+
+    Changes the student in place; resumes from run/checkpoints/stage2.
+    """
+    device = base.lm_head.weight.device
+    student.requires_grad_(True)
+
+    def backward(number: int) -> dict[str, Any]:
+        batch = tokens.batch(number, train.batch, train.length, seed + 29, borders)
+        inputs: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}
+        if batch.positions is not None:
+            inputs["position_ids"] = batch.positions.to(device)
+        with autocast(device, compute):
+            with torch.no_grad():
+                teacher = base.model(**inputs).last_hidden_state
+            hidden = student.model(**inputs).last_hidden_state
+            loss = chunked_kl(
+                hidden.flatten(0, 1), student.lm_head.weight, teacher.flatten(0, 1), base.lm_head.weight
+            )
+        loss.backward()
+        return {"loss": loss.item()}
+
+    fit(_plan("stage2", train), [dict(student.named_parameters())], backward, run)

@@ -1,0 +1,103 @@
+"""One training loop for every stage: step, clip, log, checkpoint, resume to the same bits."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from postnas.errors import UserError
+from postnas.files import append_jsonl, read_jsonl, write_jsonl
+from postnas.progress import Progress
+from postnas.train import checkpoint
+from postnas.train.optimizer import learning_rate, make_optimizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a loop needs to know of its stage."""
+
+    stage: str
+    """`align`, `train` or `stage2`: the name in metrics.jsonl, in messages and of the checkpoint."""
+    steps: int
+    tokens_per_step: int
+    lr: float
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    checkpoint_every: int = 50
+
+
+def fit(
+    plan: Plan,
+    groups: list[dict[str, nn.Parameter]],
+    backward: Callable[[int], dict[str, Any]],
+    run: Path,
+) -> None:
+    """Train `groups` of named float32 parameters, each clipped by itself, for plan.steps steps.
+
+    backward(step) computes the step's loss, fills the gradients and returns what is to be logged,
+    `loss` among it. Everything it draws must follow from the step. Metrics go to run/metrics.jsonl,
+    the checkpoint to run/checkpoints/STAGE; where one is there already, training goes on from it.
+    Raises UserError, with the last good checkpoint, where a loss or gradient is not finite.
+    """
+    parameters = {name: p for group in groups for name, p in group.items()}
+    optimizer = make_optimizer(list(parameters.values()), plan.lr, plan.weight_decay)
+    folder = run / "checkpoints" / plan.stage
+    first = checkpoint.load(folder, parameters, optimizer)
+    metrics = run / "metrics.jsonl"
+    _forget(metrics, plan.stage, first)
+    seconds = time.monotonic()
+    with Progress(plan.stage, plan.steps * plan.tokens_per_step, done=first * plan.tokens_per_step) as bar:
+        for step in range(first, plan.steps):
+            rate = learning_rate(step, plan.steps, plan.lr)
+            for settings in optimizer.param_groups:
+                settings["lr"] = rate
+            values = backward(step)
+            _check(values["loss"], plan, step, folder)
+            for group in groups:
+                norm = nn.utils.clip_grad_norm_(list(group.values()), plan.clip)
+                _check(float(norm), plan, step, folder)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            now = time.monotonic()
+            append_jsonl(
+                metrics,
+                {
+                    "stage": plan.stage,
+                    "step": step,
+                    "tokens": (step + 1) * plan.tokens_per_step,
+                    "lr": rate,
+                    "tokens_per_s": plan.tokens_per_step / (now - seconds),
+                    **values,
+                },
+            )
+            seconds = now
+            bar.advance(plan.tokens_per_step, loss=values["loss"])
+            if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
+                checkpoint.save(folder, step + 1, parameters, optimizer)
+
+
+def _check(value: float, plan: Plan, step: int, folder: Path) -> None:
+    if math.isfinite(value):
+        return
+    good = f"last good checkpoint: {folder}" if folder.exists() else "no checkpoint was written yet"
+    raise UserError(f"{plan.stage}: loss or gradient is {value} at step {step}; {good}; lower {plan.stage}.lr")
+
+
+def _forget(metrics: Path, stage: str, step: int) -> None:
+    """Drop this stage's records from `step` on: a killed run logged steps that will be done again."""
+    records = read_jsonl(metrics)
+    kept = [r for r in records if r["stage"] != stage or r["step"] < step]
+    if metrics.exists():
+        write_jsonl(metrics, kept)
+
+
+def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
+    """Matrix products in `compute`; float32 leaves everything as it is."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
