@@ -42,7 +42,7 @@ class GatedDeltaNet(DeltaMixer):
     def forward(self, x: Tensor, step: Step, state: LinearState | None = None) -> tuple[Tensor, LinearState | None]:
         """x: [B, T, hidden] -> y of the same shape; `state` is changed in place."""
         inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0]
+        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0].T
         mixed, conv = causal_conv(
             step.mask(inputs),
             taps,

@@ -53,8 +53,15 @@ class KernelGenerator(nn.Module):
         self.w2.bias.view(self.channels, self.taps)[:, -1] = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, hidden] -> taps [B, T, D, W], the last tap on the token itself."""
-        return self.w2(F.silu(self.w1(x))).unflatten(-1, (-1, self.taps))
+        """x [B, T, hidden] -> taps [W, B, T, D], the last tap on the token itself.
+
+        w2's rows hold the taps of a channel side by side; one product a tap, instead of one for all,
+        gives each tap as a dense tensor.
+        """
+        weight = self.w2.weight.unflatten(0, (self.channels, self.taps)).permute(1, 2, 0)
+        bias = self.w2.bias.unflatten(0, (self.channels, self.taps)).T[:, None]
+        inner = F.silu(self.w1(x)).flatten(0, 1).expand(self.taps, -1, -1)
+        return torch.baddbmm(bias, inner, weight).unflatten(1, x.shape[:2])
 
 
 class DynamicConv(nn.Module):

@@ -7,14 +7,17 @@ run along the tokens rather than the vocabulary: memory is bounded alike, and no
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 256
-"""Tokens whose logits exist at one time."""
+CHUNK = 128
+"""Tokens whose logits exist at one time on a CPU, where a chunk should stay near the caches."""
+CHUNK_CUDA = 1024
+"""The same on a GPU, where a product wants many rows."""
 
 
 class _ChunkedKL(torch.autograd.Function):
@@ -27,23 +30,22 @@ class _ChunkedKL(torch.autograd.Function):
         total = student.new_zeros((), dtype=torch.float32)
         low = weight.to(student.dtype)
         teacher_low = low if teacher_weight is weight else teacher_weight.to(teacher.dtype)
-        for start in range(0, tokens, CHUNK):
-            rows = slice(start, start + CHUNK)
+        for rows in _chunks(student):
             logits = _capped(student[rows] @ low.T, softcap)
             log_s = F.log_softmax(logits, dim=-1)
             log_t = F.log_softmax(_capped(teacher[rows] @ teacher_low.T, softcap), dim=-1)
             p_t = log_t.exp()
-            total += (p_t * (log_t - log_s)).sum()
+            total += torch.dot(p_t.flatten(), log_t.sub_(log_s).flatten())
             if not (wants_hidden or wants_weight):
                 continue
-            grad = log_s.exp_().sub_(p_t).div_(tokens)
+            grad = log_s.exp_().sub_(p_t)
             if softcap is not None:
                 grad *= 1 - (logits / softcap).square()
             grad = grad.to(student.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = grad @ low
+                grad_hidden[rows] = grad @ low / tokens
             if grad_weight is not None:
-                grad_weight += grad.T @ student[rows]
+                grad_weight += grad.T @ student[rows] / tokens
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total / tokens
@@ -56,6 +58,11 @@ class _ChunkedKL(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = (grad_weight * grads[0]).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _chunks(hidden: Tensor) -> Iterator[slice]:
+    size = CHUNK_CUDA if hidden.is_cuda else CHUNK
+    return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 
 
 def _capped(logits: Tensor, softcap: float | None) -> Tensor:
@@ -82,7 +89,6 @@ def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float 
     """
     losses = []
     low = weight.to(hidden.dtype)
-    for start in range(0, hidden.shape[0], CHUNK):
-        rows = slice(start, start + CHUNK)
+    for rows in _chunks(hidden):
         losses.append(F.cross_entropy(_capped(hidden[rows] @ low.T, softcap), targets[rows], reduction="none"))
     return torch.cat(losses)

@@ -17,17 +17,17 @@ def causal_conv(
     segments: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y[t, d] = sum over w of taps[t, d, w] * x[t - W + 1 + w, d].
+    """y[t, d] = sum over w of taps[w, t, d] * x[t - W + 1 + w, d].
 
-    x: [B, T, D]; at tokens that are padding it must be zero. taps: [B, T, D, W] or, for a static
-    convolution, [D, W]. history: the W - 1 inputs before x, [B, W - 1, D], zeros where None.
+    x: [B, T, D]; at tokens that are padding it must be zero. taps: [W, B, T, D] or, for a static
+    convolution, [W, D]; taps first, so that each is one dense tensor. history: the W - 1 inputs before x, [B, W - 1, D], zeros where None.
     segments: [B, T] integers that never fall; no tap reaches into another segment, and `history`
     belongs to the first one. lengths: [B], how many of the T tokens are real; the real ones come
     first, all of them where None.
 
     Returns y [B, T, D] in x's type and the last W - 1 inputs of each row, [B, W - 1, D].
     """
-    width = taps.shape[-1]
+    width = taps.shape[0]
     length = x.shape[1]
     if history is None:
         padded = F.pad(x, (0, 0, width - 1, 0))
@@ -35,13 +35,13 @@ def causal_conv(
         padded = torch.cat([history.to(x.dtype), x], dim=1)
     if segments is not None:
         owners = torch.cat([segments[:, :1].expand(-1, width - 1), segments], dim=1)
-    taps = taps.to(x.dtype)
-    y = taps[..., width - 1] * x
-    for w in range(width - 1):
+    *earlier, now = taps.to(x.dtype).unbind(0)
+    y = now * x
+    for w, tap in enumerate(earlier):
         past = padded[:, w : w + length]
         if segments is not None:
             past = past * (owners[:, w : w + length] == segments)[..., None]
-        y = y + taps[..., w] * past
+        y = torch.addcmul(y, tap, past)
     if lengths is None and segments is None:
         return y, padded[:, length:]
     ends = lengths if lengths is not None else torch.full((x.shape[0],), length, device=x.device)

@@ -130,9 +130,11 @@ def chunk_gated_delta_rule(
         last = last * (reaches & stays)[..., -1, None, None]
     k = k * remaining
     outputs = []
-    for n in range(q.shape[2]):
-        delta = values[:, :, n] - keys[:, :, n] @ state
-        outputs.append(q[:, :, n] @ state + scores[:, :, n] @ delta)
-        state = last[:, :, n] * state + k[:, :, n].transpose(-1, -2) @ delta
+    # unbind, not indexing: the gradient of an index fills a whole tensor with zeros for each chunk
+    parts = (x.unbind(2) for x in (q, k, values, keys, scores, last))
+    for q_n, k_n, values_n, keys_n, scores_n, last_n in zip(*parts, strict=True):
+        delta = values_n - keys_n @ state
+        outputs.append(q_n @ state + scores_n @ delta)
+        state = last_n * state + k_n.transpose(-1, -2) @ delta
     output = torch.stack(outputs, dim=2).reshape(batch, heads, length + padding, -1)
     return output[:, :, :length].transpose(1, 2).to(dtype), state
