@@ -9,7 +9,7 @@ Importing does one thing: our classes join transformers' Auto classes, as soon a
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec

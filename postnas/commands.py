@@ -60,7 +60,12 @@ def report(recipe: Recipe) -> None:
 
 
 def generate(
-    model: str, prompt: str, max_new_tokens: int = 128, temperature: float = 0.0, device: str = "cpu", dtype: str | None = None
+    model: str,
+    prompt: str,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    device: str = "cpu",
+    dtype: str | None = None,
 ) -> None:
     """Stream text from a finished hybrid into the terminal.
 
@@ -189,7 +194,9 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
     if arguments and not arguments[0].startswith("-"):
         path = Path(arguments[0])
         if not path.is_file():
-            raise UserError(f"recipe: {path} is not there; give the path of a YAML file, such as recipes/smollm2-cpu.yaml")
+            raise UserError(
+                f"recipe: {path} is not there; give the path of a YAML file, such as recipes/smollm2-cpu.yaml"
+            )
         arguments = ["--config", *arguments]
     namespace = _values(parser, arguments)
     sections = parser.instantiate(namespace)

@@ -48,7 +48,10 @@ class Tokens:
         """Windows of `length` tokens, every one once a pass, in an order drawn anew for each pass."""
         windows = len(self) // length
         if windows == 0:
-            raise UserError(f"{self.path}: {len(self)} tokens are fewer than one sequence of {length}; add text or shorten data's length")
+            raise UserError(
+                f"{self.path}: {len(self)} tokens are fewer than one sequence of {length}; "
+                "add text or ask for shorter sequences"
+            )
         rows = []
         for number in range(step * batch, (step + 1) * batch):
             order = _order(windows, seed, number // windows)
@@ -60,7 +63,10 @@ class Tokens:
         """The first `count` windows of `length` tokens, [count, length]; fewer where the file ends."""
         count = min(count, len(self) // length)
         if count == 0:
-            raise UserError(f"{self.path}: {len(self)} tokens are fewer than one sequence of {length}; add text or shorten the sequence")
+            raise UserError(
+                f"{self.path}: {len(self)} tokens are fewer than one sequence of {length}; "
+                "add text or ask for shorter sequences"
+            )
         return self._window(0, count * length).view(count, length)
 
     def stream(self) -> Tensor:
@@ -151,7 +157,9 @@ def _tokenise(data: Data, tokenizer: Any, folder: Path, dtype: str, end: int) ->
                 bar.advance(len(kept))
         for part, count in counts.items():
             if count == 0:
-                raise UserError(f"data.text: no document fell to the {part} part; give more text, or another data.heldout")
+                raise UserError(
+                    f"data.text: no document fell to the {part} part; give more text, or another data.heldout"
+                )
     return counts
 
 

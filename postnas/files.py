@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield temporary
         if temporary.is_dir():
             _replace_folder(temporary, path)
@@ -36,10 +38,16 @@ def replacing(path: str | Path) -> Iterator[Path]:
             f"{path}: cannot be written ({error.strerror or error}); free some space or choose another place"
         ) from error
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        elif os.path.lexists(temporary):
-            temporary.unlink()
+        _sweep(path)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what this or an earlier, killed writer of `path` has left beside it."""
+    for left in (*path.parent.glob(f".{escape(path.name)}.*.tmp"), *path.parent.glob(f".{escape(path.name)}.*.old")):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
 
 
 def _replace_folder(new: Path, place: Path) -> None:
@@ -48,7 +56,6 @@ def _replace_folder(new: Path, place: Path) -> None:
     if place.exists():
         os.replace(place, old)
     os.replace(new, place)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

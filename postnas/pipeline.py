@@ -65,7 +65,8 @@ class Run:
 
     @cached_property
     def base(self) -> HybridForCausalLM:
-        return load_base(str(self.base_path), dtype=getattr(torch, self.recipe.base.dtype)).to(self.device)
+        base: Any = load_base(str(self.base_path), dtype=getattr(torch, self.recipe.base.dtype))
+        return base.to(self.device)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -117,7 +118,9 @@ def _wanted(recipe: Recipe, done: dict[str, Any], only: str | None) -> list[str]
         return [stage for stage in STAGES if stage in recipe.stages and stage not in done]
     missing = [stage for stage in NEEDS[only] if stage not in done]
     if missing:
-        raise UserError(f"{only}: needs {missing[0]}, which is not done in {recipe.out}; run `postnas {missing[0]}` first")
+        raise UserError(
+            f"{only}: needs {missing[0]}, which is not done in {recipe.out}; run `postnas {missing[0]}` first"
+        )
     return [only]
 
 
@@ -143,7 +146,9 @@ def claim(recipe: Recipe) -> None:
             raise UserError(f"{path}: is not YAML; choose another `out`, or remove the file") from None
         changed = differences(stored or {}, resolved)
         if changed:
-            raise UserError(f"{path}: holds a run of another recipe ({changed[0]}); choose another `out`, or remove the folder")
+            raise UserError(
+                f"{path}: holds a run of another recipe ({changed[0]}); choose another `out`, or remove the folder"
+            )
         return
     write_text(path, yaml.safe_dump(resolved, sort_keys=False))
 
@@ -151,7 +156,14 @@ def claim(recipe: Recipe) -> None:
 def _align(state: Run) -> None:
     recipe = state.recipe
     align_candidates(
-        state.base, recipe.align, state.tokens[0], state.folder, state.candidate_keys, recipe.seed, state.compute, recipe.data.borders
+        state.base,
+        recipe.align,
+        state.tokens[0],
+        state.folder,
+        state.candidate_keys,
+        recipe.seed,
+        state.compute,
+        recipe.data.borders,
     )
 
 
@@ -159,7 +171,13 @@ def _place(state: Run) -> None:
     recipe, supernet = state.recipe, state.supernet()
     objectives = sorted(recipe.place.objective)
     scorer = Scorer(
-        supernet, state.tokens[1], recipe.place.tokens, objectives, recipe.seed, state.folder / "scored.jsonl", state.compute
+        supernet,
+        state.tokens[1],
+        recipe.place.tokens,
+        objectives,
+        recipe.seed,
+        state.folder / "scored.jsonl",
+        state.compute,
     )
     scores, found = place(scorer, supernet.attention, recipe.place, recipe.seed)
     write_json(state.folder / "scores.json", scores)
@@ -171,14 +189,29 @@ def _train(state: Run) -> None:
     low = getattr(torch, recipe.base.dtype)
     if recipe.train.tokens:
         train_mixers(
-            supernet, placement, recipe.train, state.tokens[0], state.folder, recipe.seed, state.compute, recipe.data.borders
+            supernet,
+            placement,
+            recipe.train,
+            state.tokens[0],
+            state.folder,
+            recipe.seed,
+            state.compute,
+            recipe.data.borders,
         )
     if recipe.stage2.tokens:
-        student = supernet.build(placement, torch.float32).to(state.device)
+        built: Any = supernet.build(placement, torch.float32)
+        student = built.to(state.device)
         train_all(
-            student, state.base, recipe.stage2, state.tokens[0], state.folder, recipe.seed, state.compute, recipe.data.borders
+            student,
+            state.base,
+            recipe.stage2,
+            state.tokens[0],
+            state.folder,
+            recipe.seed,
+            state.compute,
+            recipe.data.borders,
         )
-        hybrid = student.to(low)
+        hybrid: Any = student.to(low)
     else:
         hybrid = supernet.build(placement, low)
     with replacing(state.folder / "model") as temporary:

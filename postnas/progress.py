@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 
 class Progress:
@@ -19,7 +20,7 @@ class Progress:
         self.label, self.total, self.unit, self.every = label, total, unit, every
         self.done = self.start_done = done
         self.note = ""
-        self.bar = None
+        self.bar: Any = None
 
     def __enter__(self) -> Progress:
         self.start = self.last = time.monotonic()

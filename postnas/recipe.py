@@ -44,7 +44,9 @@ class Base:
     """Licence of the base, for the model card."""
 
     def __post_init__(self) -> None:
-        _need(bool(self.model), "base.model", self.model, "name a hub id, a folder, a .gguf or package:NAME==VERSION/PATH")
+        _need(
+            bool(self.model), "base.model", self.model, "name a hub id, a folder, a .gguf or package:NAME==VERSION/PATH"
+        )
         _need(self.dtype in DTYPES, "base.dtype", self.dtype, f"choose one of {', '.join(DTYPES)}")
 
 
@@ -128,7 +130,9 @@ class Place:
         for name, weight in self.objective.items():
             _need(name in OBJECTIVES, "place.objective", name, f"choose from {', '.join(OBJECTIVES)}")
             _need(weight >= 0, f"place.objective.{name}", weight, "give a weight of 0 or more")
-        _need(sum(self.objective.values()) > 0, "place.objective", self.objective, "give one objective a weight above 0")
+        _need(
+            sum(self.objective.values()) > 0, "place.objective", self.objective, "give one objective a weight above 0"
+        )
         _positive(self, "tokens")
 
 
@@ -176,7 +180,12 @@ class Evaluate:
     """Tokens between the two."""
 
     def __post_init__(self) -> None:
-        _need(self.limit is None or self.limit > 0, "evaluate.limit", self.limit, "give a number above 0, or null for all rows")
+        _need(
+            self.limit is None or self.limit > 0,
+            "evaluate.limit",
+            self.limit,
+            "give a number above 0, or null for all rows",
+        )
         _need(self.copy_passages >= 0, "evaluate.copy_passages", self.copy_passages, "give 0 or more")
         _positive(self, "perplexity_tokens", "length", "copy_tokens", "copy_filler")
 
@@ -193,7 +202,12 @@ class Bench:
     """Decode steps that are timed at each context."""
 
     def __post_init__(self) -> None:
-        _need(len(self.contexts) > 0 and all(c > 0 for c in self.contexts), "bench.contexts", self.contexts, "give numbers above 0")
+        _need(
+            len(self.contexts) > 0 and all(c > 0 for c in self.contexts),
+            "bench.contexts",
+            self.contexts,
+            "give numbers above 0",
+        )
         _positive(self, "batch", "decode_tokens")
 
 

@@ -12,7 +12,24 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-WORDS = "river stone window garden quiet seven letter morning under bright carried after winter little house road".split()
+WORDS = [
+    "river",
+    "stone",
+    "window",
+    "garden",
+    "quiet",
+    "seven",
+    "letter",
+    "morning",
+    "under",
+    "bright",
+    "carried",
+    "after",
+    "winter",
+    "little",
+    "house",
+    "road",
+]
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class WindowOptions:
 class Attention(nn.Module):
     """Causal softmax attention; `window` limits what a query sees to that many tokens, itself included."""
 
-    Options = AttentionOptions
+    Options: type[Any] = AttentionOptions
     State = KVState
     kind = "attn"
     window: int | None = None

@@ -46,7 +46,9 @@ class DeltaOptions:
         )
         for name, least in (("num_heads", 1), ("head_dim", 1), ("conv_size", 2)):
             if getattr(filled, name) < least:
-                raise UserError(f"{name}: {getattr(filled, name)} is too small for a linear block; give {least} or more")
+                raise UserError(
+                    f"{name}: {getattr(filled, name)} is too small for a linear block; give {least} or more"
+                )
         if filled.value_dim < 1:
             raise UserError(f"expand_v: {self.expand_v} leaves no value dim; give a larger one")
         return filled
@@ -109,7 +111,7 @@ class DeltaMixer(nn.Module):
         return self.o_proj(self.o_norm(o, self.g_proj(x).unflatten(-1, (self.heads, self.value_dim))).flatten(2))
 
     def state_bytes(self, context: int, dtype: torch.dtype) -> int:
-        """Bytes that one sequence holds, whatever its length: the state in float32, the convolution's inputs in dtype."""
+        """Bytes of one sequence, whatever its length: the state in float32, the convolution's inputs in dtype."""
         conv = (self.options.conv_size - 1) * self.conv_channels * dtype.itemsize
         return self.heads * self.key_dim * self.value_dim * 4 + conv
 

@@ -6,6 +6,8 @@ its own query head and of that KV head: keys and values are repeated per head, n
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +47,10 @@ def inherit(
     generator = torch.Generator().manual_seed(seed)
     dims = attention.dims
     group = dims.heads // dims.kv_heads
-    q, k, v = (_head_rows(p) for p in ((attention.q_proj, dims.heads), (attention.k_proj, dims.kv_heads), (attention.v_proj, dims.kv_heads)))
+    q, k, v = (
+        _head_rows(p)
+        for p in ((attention.q_proj, dims.heads), (attention.k_proj, dims.kv_heads), (attention.v_proj, dims.kv_heads))
+    )
     if dims.qk_norm:
         q, k = q * attention.q_norm.weight.float()[:, None], k * attention.k_norm.weight.float()[:, None]
     o = attention.o_proj.weight.float().unflatten(1, (dims.heads, dims.head_dim))  # [hidden, heads, head_dim]
@@ -64,11 +69,18 @@ def inherit(
             projection.bias.copy_(joined[:, dims.hidden])
     mixer.o_proj.weight.copy_(torch.cat(rows["o"], dim=1))
     for module in mixer.modules():
-        if module is not mixer and hasattr(module, "reset_parameters") and not isinstance(module, nn.Linear):
-            module.reset_parameters()
+        if module is not mixer and not isinstance(module, nn.Linear):
+            start_module(module)
     _start_gates(mixer, sample, start, generator)
     if sample is not None:
         _fit_norm(mixer, *sample)
+
+
+def start_module(module: nn.Module) -> None:
+    """Give a module its own start, where it has one of its own (`reset_parameters`)."""
+    reset: Any = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
 
 
 def _head_rows(source: tuple[nn.Linear, int]) -> Tensor:
@@ -122,7 +134,9 @@ def _leading(a: Tensor, b: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return (a_basis @ left[:, :size] * root).T, (b_basis @ right[:size].T * root).T
 
 
-def _start_gates(mixer: DeltaMixer, sample: tuple[Tensor, Tensor] | None, start: str, generator: torch.Generator) -> None:
+def _start_gates(
+    mixer: DeltaMixer, sample: tuple[Tensor, Tensor] | None, start: str, generator: torch.Generator
+) -> None:
     """Output gate, write strength and decay."""
     hidden = mixer.dims.hidden
     gate = _normal((mixer.heads, mixer.value_dim, hidden), 0.5 * hidden**-0.5, generator, mixer.g_proj.weight)

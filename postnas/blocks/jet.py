@@ -28,8 +28,8 @@ class JetOptions(DeltaOptions):
         assert isinstance(filled, JetOptions) and filled.num_heads is not None
         if filled.num_heads * filled.value_dim < filled.dconv_generator_reduction:
             raise UserError(
-                f"jet.dconv_generator_reduction: {filled.dconv_generator_reduction} leaves the kernel generator no width; "
-                f"give at most {filled.num_heads * filled.value_dim}"
+                f"jet.dconv_generator_reduction: {filled.dconv_generator_reduction} leaves the kernel "
+                f"generator no width; give at most {filled.num_heads * filled.value_dim}"
             )
         return filled
 
@@ -69,9 +69,7 @@ class DynamicConv(nn.Module):
 
     def __init__(self, hidden: int, channels: int, options: JetOptions) -> None:
         super().__init__()
-        self.kernel_generator = KernelGenerator(
-            hidden, channels, options.conv_size, options.dconv_generator_reduction
-        )
+        self.kernel_generator = KernelGenerator(hidden, channels, options.conv_size, options.dconv_generator_reduction)
 
 
 class Jet(DeltaMixer):

@@ -10,7 +10,9 @@ import torch
 
 
 @torch.inference_mode()
-def measure(model: Any, context: int, batch: int, decode_tokens: int, chunk: int = 512, seed: int = 0) -> list[dict[str, Any]]:
+def measure(
+    model: Any, context: int, batch: int, decode_tokens: int, chunk: int = 512, seed: int = 0
+) -> list[dict[str, Any]]:
     """Rows for prefill and decode: tokens/s of all sequences together and cache bytes a sequence.
 
     The prompt is random tokens, read in chunks, so that no [context, context] mask is made. Decode speed

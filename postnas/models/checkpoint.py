@@ -38,7 +38,9 @@ def base_config(name: str) -> HybridConfig:
     try:
         config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
     except ValueError:
-        raise UserError(f"{path}: model_type {values['model_type']!r} is unknown to transformers; choose another base") from None
+        raise UserError(
+            f"{path}: model_type {values['model_type']!r} is unknown to transformers; choose another base"
+        ) from None
     return HybridConfig(**from_base(config))
 
 
@@ -129,7 +131,9 @@ def _read_gguf(path: Path) -> tuple[Any, dict[str, Tensor], Any]:
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     # transformers leaves a quantization_config behind that its own save_pretrained then refuses.
-    fields = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "model_type", "dtype")}
+    fields = {
+        k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "model_type", "dtype")
+    }
     config = LlamaConfig(**fields)
     weights = {name: value.contiguous() for name, value in model.state_dict().items()}
     if config.tie_word_embeddings:

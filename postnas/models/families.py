@@ -52,7 +52,9 @@ def from_base(config: Any) -> dict[str, Any]:
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
-        raise UserError(f"base.model: architecture {config.model_type!r} is not supported; choose a base of {', '.join(FAMILIES)}")
+        raise UserError(
+            f"base.model: architecture {config.model_type!r} is not supported; choose a base of {', '.join(FAMILIES)}"
+        )
 
     def flag(value: bool | str) -> bool:
         return bool(getattr(config, value)) if isinstance(value, str) else value

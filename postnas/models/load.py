@@ -35,7 +35,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
     if not (folder / "config.json").exists():
         raise UserError(f"{folder}: holds no config.json; give the `model` folder of a finished run")
     try:
-        model = HybridForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+        model: Any = HybridForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); write the model again") from error
     return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)

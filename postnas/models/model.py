@@ -5,7 +5,7 @@ Weights have Hugging Face names; a layer's mixer is its `self_attn`, whatever bl
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from postnas.blocks import make_block
+from postnas.blocks.inherit import start_module
 from postnas.blocks.norm import RMSNorm
 from postnas.blocks.step import Rope, Step
 from postnas.errors import UserError
@@ -80,10 +81,14 @@ class RotaryEmbedding(nn.Module):
         assert parameters is not None and self.config.head_dim is not None
         kind = parameters.get("rope_type", "default")
         if kind == "default":
-            exponent = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device) / self.config.head_dim
+            exponent = (
+                torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device) / self.config.head_dim
+            )
             return parameters["rope_theta"] ** -exponent, 1.0
         if kind not in ROPE_INIT_FUNCTIONS:
-            raise UserError(f"rope_parameters.rope_type: {kind!r} is unknown; choose from default, {', '.join(ROPE_INIT_FUNCTIONS)}")
+            raise UserError(
+                f"rope_parameters.rope_type: {kind!r} is unknown; choose from default, {', '.join(ROPE_INIT_FUNCTIONS)}"
+            )
         return ROPE_INIT_FUNCTIONS[kind](self.config, device)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rope:
@@ -106,10 +111,10 @@ class HybridPreTrainedModel(PreTrainedModel):
         """Normal weights and zero biases; what is special to a block it starts itself, after its parts."""
         if isinstance(module, nn.Linear | nn.Embedding):
             module.weight.normal_(0.0, self.config.initializer_range)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 module.bias.zero_()
-        elif hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        else:
+            start_module(module)
 
 
 class HybridModel(HybridPreTrainedModel):
@@ -144,9 +149,11 @@ class HybridModel(HybridPreTrainedModel):
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
-            cache = HybridCache(self.config)
+            cache = HybridCache(cast(HybridConfig, self.config))
         if cache is not None and not isinstance(cache, HybridCache):
-            raise UserError(f"past_key_values: {type(cache).__name__} cannot hold a hybrid's states; pass None or a HybridCache")
+            raise UserError(
+                f"past_key_values: {type(cache).__name__} cannot hold a hybrid's states; pass None or a HybridCache"
+            )
         step, order = self.make_step(h, attention_mask, position_ids, cache)
         if order is not None:
             h = _gather(h, order)
@@ -164,7 +171,10 @@ class HybridModel(HybridPreTrainedModel):
         position_ids: Tensor | None = None,
         cache: HybridCache | None = None,
     ) -> tuple[Step, Tensor | None]:
-        """The Step for tokens h [B, T, hidden], and the order [B, T] that puts real tokens first (None: as they are)."""
+        """The Step for tokens h [B, T, hidden], and the order [B, T] that puts real tokens first.
+
+        The order is None where no token is padding.
+        """
         batch, tokens = h.shape[:2]
         valid, order = None, None
         if attention_mask is not None:
@@ -203,9 +213,13 @@ class HybridModel(HybridPreTrainedModel):
 def _valid(attention_mask: Tensor, batch: int, tokens: int) -> Tensor:
     """[B, T] bool of this chunk. A mask may cover the cached tokens too; those the cache knows itself."""
     if attention_mask.ndim != 2:
-        raise UserError(f"attention_mask: {attention_mask.ndim} dimensions; give a mask of [batch, tokens] with 0 at padding")
+        raise UserError(
+            f"attention_mask: {attention_mask.ndim} dimensions; give a mask of [batch, tokens] with 0 at padding"
+        )
     if attention_mask.shape[0] != batch or attention_mask.shape[1] < tokens:
-        raise UserError(f"attention_mask: shape {tuple(attention_mask.shape)} does not cover {batch} rows of {tokens} tokens")
+        raise UserError(
+            f"attention_mask: shape {tuple(attention_mask.shape)} does not cover {batch} rows of {tokens} tokens"
+        )
     return attention_mask[:, attention_mask.shape[1] - tokens :] != 0
 
 

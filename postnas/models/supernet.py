@@ -7,6 +7,7 @@ changes the base: its weights stay frozen, and a test hashes them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,9 @@ Placement = list[str]
 class Supernet:
     """base: a model with attention in every layer, frozen. candidates: {block: [a mixer a layer]}."""
 
-    def __init__(self, base: HybridForCausalLM, candidates: dict[str, list[nn.Module]]) -> None:
+    def __init__(self, base: HybridForCausalLM, candidates: dict[str, list[Any]]) -> None:
         self.base, self.candidates = base, candidates
-        self.config: HybridConfig = base.config
+        self.config = cast(HybridConfig, base.config)
         assert self.config.placement is not None
         self.attention: Placement = list(self.config.placement)
 

@@ -22,7 +22,9 @@ CHUNK_CUDA = 1024
 
 class _ChunkedKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, softcap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, softcap: float | None
+    ) -> Tensor:
         tokens = student.shape[0]
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(student) if wants_hidden else None

@@ -20,10 +20,10 @@ def causal_conv(
     """y[t, d] = sum over w of taps[w, t, d] * x[t - W + 1 + w, d].
 
     x: [B, T, D]; at tokens that are padding it must be zero. taps: [W, B, T, D] or, for a static
-    convolution, [W, D]; taps first, so that each is one dense tensor. history: the W - 1 inputs before x, [B, W - 1, D], zeros where None.
-    segments: [B, T] integers that never fall; no tap reaches into another segment, and `history`
-    belongs to the first one. lengths: [B], how many of the T tokens are real; the real ones come
-    first, all of them where None.
+    convolution, [W, D]; taps first, so that each is one dense tensor. history: the W - 1 inputs
+    before x, [B, W - 1, D], zeros where None. segments: [B, T] integers that never fall; no tap
+    reaches into another segment, and `history` belongs to the first one. lengths: [B], how many of
+    the T tokens are real; the real ones come first, all of them where None.
 
     Returns y [B, T, D] in x's type and the last W - 1 inputs of each row, [B, W - 1, D].
     """

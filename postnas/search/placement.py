@@ -21,7 +21,9 @@ def place(scorer: Scorer, attention: Placement, settings: Place, seed: int) -> t
     """
     layers = len(attention)
     if settings.budget > layers:
-        raise UserError(f"place.budget: {settings.budget} is more than the base's {layers} layers; give at most {layers}")
+        raise UserError(
+            f"place.budget: {settings.budget} is more than the base's {layers} layers; give at most {layers}"
+        )
     base = scorer(attention)
     asked = _evaluations(settings.strategy, layers, settings.budget)
     with Progress("place", asked, unit="placements") as bar:

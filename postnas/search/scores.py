@@ -35,7 +35,14 @@ class Scorer:
     """
 
     def __init__(
-        self, supernet: Supernet, heldout: Tokens, tokens: int, objectives: list[str], seed: int, path: Path, compute: torch.dtype
+        self,
+        supernet: Supernet,
+        heldout: Tokens,
+        tokens: int,
+        objectives: list[str],
+        seed: int,
+        path: Path,
+        compute: torch.dtype,
     ) -> None:
         self.supernet, self.path, self.compute = supernet, path, compute
         self.known: dict[tuple[str, ...], Values] = {}

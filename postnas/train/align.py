@@ -97,7 +97,9 @@ def align_candidates(
     the output's squared size, so that all layers weigh alike. Raises UserError for a candidate of another base.
     """
     device = next(base.parameters()).device
-    if all(stored_key_fits(run, block, layer, key) for block, wanted in keys.items() for layer, key in enumerate(wanted)):
+    if all(
+        stored_key_fits(run, block, layer, key) for block, wanted in keys.items() for layer, key in enumerate(wanted)
+    ):
         return load_candidates(base, align, run, device)
     candidates = new_candidates(base, align, tokens, seed, device, compute)
     supernet = Supernet(base, candidates)
@@ -123,9 +125,7 @@ def align_candidates(
         return {"loss": sum(everything) / len(everything), "losses": losses}
 
     per_step = align.batch * align.length
-    plan = Plan(
-        "align", -(-align.tokens // per_step), per_step, align.lr, checkpoint_every=align.checkpoint_every
-    )
+    plan = Plan("align", -(-align.tokens // per_step), per_step, align.lr, checkpoint_every=align.checkpoint_every)
     fit(plan, groups, backward, run)
     for block, mixers in candidates.items():
         for layer, mixer in enumerate(mixers):

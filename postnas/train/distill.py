@@ -89,9 +89,7 @@ def train_all(
             with torch.no_grad():
                 teacher = base.model(**inputs).last_hidden_state
             hidden = student.model(**inputs).last_hidden_state
-            loss = chunked_kl(
-                hidden.flatten(0, 1), student.lm_head.weight, teacher.flatten(0, 1), base.lm_head.weight
-            )
+            loss = chunked_kl(hidden.flatten(0, 1), student.lm_head.weight, teacher.flatten(0, 1), base.lm_head.weight)
         loss.backward()
         return {"loss": loss.item()}
 

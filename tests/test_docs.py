@@ -1,0 +1,374 @@
+"""The documents say what is so: the example block works, files, links and commands are there, tables are rendered."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from tiny import make_base, make_text, tiny_recipe, write_recipe
+from torch import Tensor
+
+import postnas
+from postnas.blocks import BLOCKS, linear_blocks
+from postnas.commands import COMMANDS, parse
+from postnas.data import load_tokenizer
+from postnas.errors import UserError
+from postnas.models.config import HybridConfig
+from postnas.models.convert import convert
+from postnas.models.load import load
+from postnas.models.model import HybridForCausalLM
+from postnas.pipeline import run
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fenced(path: Path, language: str) -> list[str]:
+    """The code blocks of a document that are marked with this language ("" for none)."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+# The example of adding_a_block.md
+
+
+@pytest.fixture
+def decay(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The document's code as a module, and its one line in BLOCKS."""
+    code, *_ = fenced(ROOT / "docs" / "adding_a_block.md", "python")
+    module = ModuleType("decay")
+    monkeypatch.setitem(sys.modules, "decay", module)  # dataclasses look their module up
+    exec(compile(code, "adding_a_block.md", "exec"), module.__dict__)
+    monkeypatch.setitem(BLOCKS, "decay", module.Decay)
+    return module
+
+
+@pytest.fixture
+def model(decay: ModuleType) -> HybridForCausalLM:
+    config = HybridConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.3,
+        placement=["decay", "attn", "swa", "decay"],
+        blocks={"swa": {"window_size": 5}, "decay": {"chunk": 4}},
+        eos_token_id=0,
+    )
+    return HybridForCausalLM(config).eval()
+
+
+def tokens(rows: int, length: int) -> Tensor:
+    return torch.randint(1, 50, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_example_block_pieces_equal_whole(model: HybridForCausalLM) -> None:
+    whole = tokens(2, 23)
+    cache, parts = None, []
+    for piece in whole.split([6, 1, 1, 9, 2, 4], dim=1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        parts.append(output.logits)
+    close(torch.cat(parts, dim=1), model(whole, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_example_block_chunked_equals_recurrent(model: HybridForCausalLM) -> None:
+    chunked = model(tokens(2, 23)).logits
+    for layer in (0, 3):
+        mixer = model.model.layers[layer].self_attn
+        mixer.options = replace(mixer.options, chunk=1)
+    close(model(tokens(2, 23)).logits, chunked)
+
+
+@torch.no_grad()
+def test_example_block_ignores_left_padding(model: HybridForCausalLM) -> None:
+    row, more = tokens(1, 9), torch.tensor([[7], [7]])
+    padded = torch.cat([torch.full((1, 5), 13), row], dim=1)
+    both = torch.cat([padded, tokens(2, 14)[1:]])
+    mask = torch.ones_like(both)
+    mask[0, :5] = 0
+    first = model(both, attention_mask=mask, use_cache=True)
+    alone = model(row, use_cache=True)
+    close(first.logits[:1, 5:], alone.logits)
+    after = model(more, past_key_values=first.past_key_values, attention_mask=torch.cat([mask, more * 0 + 1], dim=1))
+    close(after.logits[:1], model(more[:1], past_key_values=alone.past_key_values).logits)
+
+
+@torch.no_grad()
+def test_example_block_keeps_packed_sequences_apart(model: HybridForCausalLM) -> None:
+    row, lengths, more = tokens(1, 19), [3, 5, 11], torch.tensor([[7]])
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(row, position_ids=positions, use_cache=True)
+    for piece, logits in zip(row.split(lengths, dim=1), packed.logits.split(lengths, dim=1), strict=True):
+        alone = model(piece, use_cache=True)
+        close(logits, alone.logits)
+    after = model(more, past_key_values=packed.past_key_values)
+    close(after.logits, model(more, past_key_values=alone.past_key_values).logits)
+
+
+@torch.no_grad()
+def test_example_block_saves_and_loads(model: HybridForCausalLM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    again = HybridForCausalLM.from_pretrained(tmp_path, use_safetensors=True).eval()
+    assert again.config.placement == model.config.placement
+    assert again.model.layers[0].self_attn.options.chunk == 4
+    assert torch.equal(again(tokens(1, 12)).logits, model(tokens(1, 12)).logits)
+
+
+@torch.no_grad()
+def test_example_block_state_bytes_are_what_the_cache_holds(model: HybridForCausalLM) -> None:
+    for context in (256, 512):  # a KV cache grows by 256 slots
+        cache = model(tokens(1, context), use_cache=True).past_key_values
+        for layer, state in zip(model.model.layers, cache.states, strict=True):
+            assert state.nbytes == layer.self_attn.state_bytes(context, torch.float32)
+
+
+def test_example_block_refuses_an_empty_chunk(model: HybridForCausalLM) -> None:
+    with pytest.raises(UserError, match=r"decay\.chunk: 0"):
+        HybridForCausalLM(HybridConfig(**model.config.to_dict() | {"blocks": {"decay": {"chunk": 0}}}))
+
+
+def test_example_block_runs_through_a_recipe(decay: ModuleType, tmp_path: Path) -> None:
+    base, text = make_base(tmp_path / "base"), make_text(tmp_path / "text.jsonl")
+    recipe = tiny_recipe(
+        tmp_path,
+        base,
+        text,
+        align={"blocks": ["decay"]},
+        place={"block": "decay", "strategy": "uniform"},
+        stage2={"tokens": 0},
+        stages=["align", "place", "train"],
+    )
+    _, values = parse("run", [str(write_recipe(tmp_path / "recipe.yaml", recipe))])
+    hybrid, _ = load(run(values["recipe"]) / "model")
+    assert hybrid.config.placement == ["decay", "attn", "decay", "attn"]
+    assert isinstance(hybrid.model.layers[0].self_attn, decay.Decay)
+    assert "decay" in linear_blocks()
+
+
+# README and docs against the files
+
+
+def listed_files(tree: str) -> list[str]:
+    """Paths in a tree of indented names; a folder's name ends with a slash, a comment follows two spaces."""
+    folders: list[str] = []
+    found = []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folders = folders[:depth]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            found.append("".join([*folders, name]))
+    return found
+
+
+def package_files() -> list[str]:
+    paths = (path for path in (ROOT / "postnas").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+
+
+def file_tree(path: Path) -> str:
+    (tree,) = [block for block in fenced(path, "") if block.startswith("postnas/\n")]
+    return tree
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "design.md"], ids=lambda path: path.name)
+def test_file_tree_lists_the_package_exactly(path: Path) -> None:
+    listed = listed_files(file_tree(path))
+    assert sorted(listed) == package_files()
+
+
+@pytest.mark.parametrize("path", [README, ROOT / "docs" / "design.md"], ids=lambda path: path.name)
+def test_each_file_of_the_tree_has_a_comment(path: Path) -> None:
+    bare = [line for line in file_tree(path).splitlines() if len(line.split()) < 2 and not line.endswith("/")]
+    assert bare == []
+
+
+def links(path: Path) -> Iterator[str]:
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def slug(heading: str) -> str:
+    """GitHub's anchor of a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_resolve(path: Path) -> None:
+    broken = []
+    for target in links(path):
+        name, _, anchor = target.partition("#")
+        place = path.parent / name if name else path
+        if not place.exists():
+            # A figure's file comes with the benchmark that makes it.
+            if "benchmarks/results" not in target:
+                broken.append(target)
+        elif anchor:
+            headings = re.findall(r"^#+ (.*)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            broken += [target] if anchor not in map(slug, headings) else []
+    assert broken == []
+
+
+def shell_lines() -> list[tuple[str, list[str]]]:
+    """(document, words) of each command in a code block, without its comment."""
+    found = []
+    for path in DOCUMENTS:
+        for block in [*fenced(path, ""), *fenced(path, "bash"), *fenced(path, "sh")]:
+            for line in block.splitlines():
+                if re.match(r"(postnas|make|python) [\w-]", line):
+                    found.append((path.name, shlex.split(line, comments=True)))
+    return found
+
+
+def test_commands_in_documents_are_there() -> None:
+    used = [words for _, words in shell_lines() if words[0] == "postnas"]
+    assert {"run", "generate", "convert"} <= {words[1] for words in used}
+    assert [words for words in used if words[1] not in COMMANDS] == []
+
+
+def test_commands_in_documents_have_flags_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    for _, (program, name, *arguments) in shell_lines():
+        if program == "postnas":
+            parse(name, arguments)
+
+
+def test_make_targets_in_documents_are_there() -> None:
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [words for _, words in shell_lines() if words[0] == "make" and words[1] not in targets] == []
+
+
+def test_scripts_in_documents_are_there() -> None:
+    scripts = [words[1] for _, words in shell_lines() if words[0] == "python"]
+    assert [name for name in scripts if not (ROOT / name).is_file()] == []
+
+
+def test_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 200
+
+
+def test_readme_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_base(tmp_path / "base")
+    hybrid = convert(str(base), ["attn", "jet", "jet", "attn"], dtype=torch.float32)
+    folder = tmp_path / "runs" / "smollm2-cpu" / "model"
+    hybrid.save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    (code,) = fenced(README, "python")
+    exec(compile(code, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+def test_documents_name_what_the_package_exports() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert set(re.findall(r"postnas\.(\w+)\(", text)) <= set(postnas.__all__)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_named_in_documents_are_there(path: Path) -> None:
+    """Names in code spans such as `train/loop.py`, from the package or from the root."""
+    names = set(re.findall(r"`((?:[\w.]+/)*[\w.]+\.(?:py|j2|yaml))`", path.read_text(encoding="utf-8")))
+    made = {"recipe.yaml", "postnas/blocks/decay.py"}
+    known = {file.name for file in (ROOT / "postnas").rglob("*.py")}
+    missing = [
+        name
+        for name in names - made
+        if not ((ROOT / name).exists() or (ROOT / "postnas" / name).exists() or name in known)
+    ]
+    assert missing == []
+
+
+# Rendered tables
+
+
+def render_module() -> Any:
+    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(model: str, metric: str, value: float, stderr: float | None = None) -> dict[str, Any]:
+    return {"model": model, "metric": metric, "value": value, "stderr": stderr}
+
+
+def result(*rows: dict[str, Any]) -> dict[str, Any]:
+    about = {"command": "postnas run x.yaml", "device": "2 cores", "torch": "2.13.0", "date": "2026-11-24"}
+    return about | {"rows": list(rows)}
+
+
+def test_readme_table_is_what_render_makes() -> None:
+    render = render_module()
+    text = README.read_text(encoding="utf-8")
+    source = ROOT / "benchmarks" / "results" / "demo-cpu.json"
+    if source.exists():
+        assert render.rendered(text, "demo-cpu", ROOT / "benchmarks" / "results") == text
+    else:
+        assert not re.search(r"\d", render.block(text, "demo-cpu")), "a figure that nothing made"
+
+
+def test_render_keeps_everything_but_the_block() -> None:
+    render = render_module()
+    text = "before\n<!-- demo-cpu -->\nold\n<!-- /demo-cpu -->\nafter\n"
+    new = render.replaced(text, "demo-cpu", "| new |")
+    assert new == "before\n<!-- demo-cpu -->\n| new |\n<!-- /demo-cpu -->\nafter\n"
+    assert render.block(new, "demo-cpu") == "| new |"
+
+
+def test_render_without_markers_is_one_line() -> None:
+    with pytest.raises(UserError, match="demo-cpu"):
+        render_module().replaced("no markers", "demo-cpu", "x")
+
+
+def test_render_writes_values_in_their_units() -> None:
+    table = render_module().demo(
+        result(
+            row("base", "perplexity", 15.904, 0.51),
+            row("hybrid", "perplexity", 18.2),
+            row("base", "copy_accuracy", 0.812, 0.011),
+            row("base", "decode_tokens_per_s@8192", 12.34),
+            row("base", "cache_bytes@8192", 180 * 2**20),
+            row("hybrid", "linear_layers", 15.0),
+            row("hybrid", "seconds", 1234.4),
+            row("hybrid", "peak_bytes", 3 * 2**30),
+        )
+    )
+    lines = table.splitlines()
+    assert lines[0] == "| | base | hybrid |"
+    assert "| perplexity | 15.90 ± 0.51 | 18.20 |" in lines
+    assert "| copy accuracy | 81.2% ± 1.1 | – |" in lines
+    assert "| decode tokens/s at 8K | 12.3 | – |" in lines
+    assert "| cache a sequence at 8K | 180.0 MiB | – |" in lines
+    assert "| linear layers | – | 15 |" in lines
+    assert "| seconds, all stages | – | 1,234 |" in lines
+    assert "| peak memory | – | 3.00 GiB |" in lines
+    assert lines[-1] == "`postnas run x.yaml`; 2 cores, torch 2.13.0, 2026-11-24; ± is one standard error."
+
+
+def test_render_shows_a_metric_it_does_not_know() -> None:
+    assert "| copy nll | 0.8123 |" in render_module().demo(result(row("base", "copy_nll", 0.81234))).splitlines()
