@@ -69,7 +69,7 @@ def measure(base: Any, train: Tokens, heldout: Tokens, start: str, gate: str, to
     if gate == "blind":
         align_stage.inherit = lambda mixer, attention, sample, start, seed: sampled(mixer, attention, None, start, seed)
     try:
-        before = align_stage.new_candidates(base, settings, train, 0, torch.device("cpu"), torch.bfloat16)
+        before = align_stage.new_candidates(base, settings, train, 0, torch.bfloat16)
         at_start = errors(base, before, heldout)
         del before
         keys = align_stage.candidate_keys(base, settings, "inherit-start", 0)
@@ -86,7 +86,7 @@ def measure(base: Any, train: Tokens, heldout: Tokens, start: str, gate: str, to
 
 
 @torch.no_grad()
-def errors(base: Any, candidates: dict[str, list[Any]], heldout: Tokens) -> list[float]:
+def errors(base: Any, candidates: dict[str, dict[int, Any]], heldout: Tokens) -> list[float]:
     """Relative squared error of each layer's mixer on 8 held-out sequences of 256 tokens."""
     net = Supernet(base, candidates)
     with autocast(torch.device("cpu"), torch.bfloat16):

@@ -17,9 +17,9 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["convert", "generate", "load"]
+__all__ = ["convert", "load"]
 
-_HOMES = {"convert": "postnas.models.convert", "load": "postnas.models.load", "generate": "postnas.generate.text"}
+_HOMES = {"convert": "postnas.models.convert", "load": "postnas.models.load"}
 _TRIGGER = "transformers.models.auto.modeling_auto"
 
 

@@ -6,12 +6,11 @@ Heavy imports stand inside, so that `postnas --help` answers at once.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 from postnas.errors import UserError
-from postnas.recipe import Recipe
+from postnas.recipe import DTYPES, STARTS, Recipe
 
 
 def run(recipe: Recipe) -> None:
@@ -77,15 +76,31 @@ def generate(
         device: cpu or cuda.
         dtype: bfloat16 or float32; as saved where left out.
     """
-    import torch
-
     from postnas.generate.text import generate as stream
     from postnas.models.load import load
 
-    loaded, tokenizer = load(model, None if dtype is None else getattr(torch, dtype), device)
+    loaded, tokenizer = load(model, None if dtype is None else _dtype(dtype), _device(device))
     for piece in stream(loaded, tokenizer, prompt, max_new_tokens, temperature):
         print(piece, end="", flush=True)
     print()
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    if name not in DTYPES:
+        raise UserError(f"dtype: {name!r} is not possible; choose one of {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"device: {name!r} is not possible; choose cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: 'cuda' is not there on this machine; choose cpu")
+    return name
 
 
 def convert(model: str, placement: Path, out: Path, start: str = "random", dtype: str = "bfloat16") -> None:
@@ -98,8 +113,6 @@ def convert(model: str, placement: Path, out: Path, start: str = "random", dtype
         start: How value channels beyond the attention's start: random or plus_minus.
         dtype: bfloat16 or float32.
     """
-    import torch
-
     from postnas.data import load_tokenizer
     from postnas.files import read_json, replacing
     from postnas.models.checkpoint import base_folder
@@ -107,13 +120,14 @@ def convert(model: str, placement: Path, out: Path, start: str = "random", dtype
 
     if out.exists():
         raise UserError(f"out: {out} exists already; choose another folder")
+    if start not in STARTS:
+        raise UserError(f"start: {start!r} is not possible; choose one of {', '.join(STARTS)}")
     found = read_json(placement)
-    names = found.get("placement") if isinstance(found, dict) else found
-    options = found.get("blocks") if isinstance(found, dict) else None
-    if not isinstance(names, list):
+    names, options = (found.get("placement"), found.get("blocks")) if isinstance(found, dict) else (found, None)
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{placement}: holds no list of mixer names; give a list, or an object with `placement`")
     folder = base_folder(model)
-    hybrid = convert_model(str(folder), names, options, start=start, dtype=getattr(torch, dtype))
+    hybrid = convert_model(str(folder), names, options, start=start, dtype=_dtype(dtype))
     with replacing(out) as temporary:
         hybrid.save_pretrained(temporary)
         load_tokenizer(folder).save_pretrained(temporary)
@@ -129,6 +143,7 @@ def plan(
     align_tokens: str = "6M",
     train_tokens: str = "1B",
     tokens_per_s: float | None = None,
+    length: str = "2k",
 ) -> None:
     """Tell what a hybrid will cost and win, before anything is downloaded but a config.
 
@@ -137,14 +152,15 @@ def plan(
         context: Tokens of a sequence; 64k is 65,536.
         gpu: Whose bandwidth and arithmetic the rooflines take.
         block: The linear block.
-        batch: Sequences decoded together.
-        align_tokens: Tokens of alignment.
-        train_tokens: Tokens of distillation.
-        tokens_per_s: Training throughput; estimated from the roofline where left out.
+        batch: Sequences prefilled and decoded together.
+        align_tokens: Tokens of alignment; 6M is 6,000,000.
+        train_tokens: Tokens of each stage of distillation; 1B and 1e9 are the same.
+        tokens_per_s: What every stage is taken to run at; 40% of the GPU's peak where left out.
+        length: Tokens of a training sequence.
     """
     from postnas.search.plan import plan as make_plan
 
-    print(make_plan(model, context, gpu, block, batch, align_tokens, train_tokens, tokens_per_s))
+    print(make_plan(model, context, gpu, block, batch, align_tokens, train_tokens, tokens_per_s, length))
 
 
 COMMANDS: dict[str, Any] = {
@@ -164,44 +180,3 @@ COMMANDS: dict[str, Any] = {
 
 def takes_recipe(command: Any) -> bool:
     return "recipe" in command.__annotations__
-
-
-def overview() -> str:
-    """The commands with one line each."""
-    width = max(map(len, COMMANDS))
-    lines = [f"  {name:<{width}}  {command.__doc__.splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "\n".join(["usage: postnas COMMAND ...", "", *lines, "", "postnas COMMAND --help tells a command's flags."])
-
-
-def parse(name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
-    """The command and its keyword arguments. Raises UserError for flags that do not fit."""
-    import jsonargparse
-
-    command = COMMANDS.get(name)
-    if command is None:
-        import difflib
-
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        raise UserError(f"command: {name!r} is unknown; {f'did you mean {near[0]}?' if near else 'see postnas --help'}")
-    parser = jsonargparse.ArgumentParser(
-        prog=f"postnas {name}", description=command.__doc__.splitlines()[0], exit_on_error=False
-    )
-    if not takes_recipe(command):
-        parser.add_function_arguments(command, as_positional=True, sub_configs=False)
-        return command, _values(parser, arguments).as_dict()
-    parser.add_argument("--config", action="config", help="The recipe, a YAML file; may stand first without the flag.")
-    parser.add_class_arguments(Recipe, None, fail_untyped=False)
-    if arguments and not arguments[0].startswith("-"):
-        path = Path(arguments[0])
-        if not path.is_file():
-            raise UserError(
-                f"recipe: {path} is not there; give the path of a YAML file, such as recipes/smollm2-cpu.yaml"
-            )
-        arguments = ["--config", *arguments]
-    namespace = _values(parser, arguments)
-    sections = parser.instantiate(namespace)
-    return command, {"recipe": Recipe(**{f.name: sections[f.name] for f in dataclasses.fields(Recipe)})}
-
-
-def _values(parser: Any, arguments: list[str]) -> Any:
-    return parser.parse_args(arguments)

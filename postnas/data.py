@@ -7,6 +7,7 @@ and any number of ranks can take their share of a batch without talking to each 
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -44,8 +45,16 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def batch(self, step: int, batch: int, length: int, seed: int, borders: bool = False) -> Batch:
-        """Windows of `length` tokens, every one once a pass, in an order drawn anew for each pass."""
+    def batch(
+        self, step: int, batch: int, length: int, seed: int, borders: bool = False, rank: int = 0, world: int = 1
+    ) -> Batch:
+        """Windows of `length` tokens, every one once a pass, in an order drawn anew for each pass.
+
+        On several ranks each gets its share of the `batch` windows. Raises UserError where the file is
+        shorter than one window, or the batch cannot be shared out evenly.
+        """
+        if batch % world:
+            raise UserError(f"batch: {batch} sequences cannot be shared by {world} ranks; give a multiple of {world}")
         windows = len(self) // length
         if windows == 0:
             raise UserError(
@@ -53,7 +62,7 @@ class Tokens:
                 "add text or ask for shorter sequences"
             )
         rows = []
-        for number in range(step * batch, (step + 1) * batch):
+        for number in range(step * batch + rank, (step + 1) * batch, world):
             order = _order(windows, seed, number // windows)
             rows.append(self._window(int(order[number % windows]) * length, length))
         tokens = torch.stack(rows)
@@ -68,6 +77,13 @@ class Tokens:
                 "add text or ask for shorter sequences"
             )
         return self._window(0, count * length).view(count, length)
+
+    def half(self, number: int) -> Tokens:
+        """The first half (0) or the second (1), so that what is searched on is not what is measured on."""
+        middle = len(self) // 2
+        part = copy(self)
+        part.ids = self.ids[:middle] if number == 0 else self.ids[middle:]
+        return part
 
     def stream(self) -> Tensor:
         """All tokens, [N] int64."""

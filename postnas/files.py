@@ -33,12 +33,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
             with open(temporary, "rb") as handle:
                 os.fsync(handle.fileno())
             os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another place"
-        ) from error
+    except Exception as error:
+        # safetensors and tokenizers raise types of their own for a full disk, with the system's words in the text.
+        if isinstance(error, UserError) or not (isinstance(error, OSError) or "(os error " in str(error)):
+            raise
+        raise _unwritten(path, error) from error
     finally:
         _sweep(path)
+
+
+def _unwritten(path: Path, error: Exception) -> UserError:
+    reason = getattr(error, "strerror", None) or error
+    return UserError(f"{path}: cannot be written ({reason}); free some space or choose another place")
 
 
 def _sweep(path: Path) -> None:
@@ -80,12 +86,19 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_jsonl(path: str | Path) -> list[Any]:
-    """One value a line; a last line that a killed process left unfinished is dropped."""
+    """One value a line; a last line that a killed process left unfinished is dropped.
+
+    Raises UserError where the file is there and cannot be read.
+    """
     path = Path(path)
     if not path.exists():
         return []
     values = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove it, or choose another run") from error
+    for line in lines:
         try:
             values.append(json.loads(line))
         except json.JSONDecodeError:
@@ -98,7 +111,11 @@ def write_jsonl(path: str | Path, values: Iterable[Any]) -> None:
 
 
 def append_jsonl(path: str | Path, value: Any) -> None:
+    """Add a line at the end. Raises UserError where the disk is full or the place cannot be written."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as handle:
-        handle.write(json.dumps(value) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as handle:
+            handle.write(json.dumps(value) + "\n")
+    except OSError as error:
+        raise _unwritten(path, error) from error

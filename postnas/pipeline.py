@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import resource
 import time
@@ -10,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import yaml
 
-from postnas.blocks import linear_blocks
+from postnas.blocks import BLOCKS, linear_blocks
 from postnas.data import Tokens, load_tokenizer, prepare
 from postnas.errors import UserError
 from postnas.evaluate.suite import load_task
@@ -32,6 +33,7 @@ from postnas.report.html import write_report
 from postnas.search.placement import place
 from postnas.search.scores import Scorer
 from postnas.search.strategies import STRATEGIES
+from postnas.train import parallel
 from postnas.train.align import align_candidates, candidate_keys, load_candidates
 from postnas.train.distill import train_all, train_mixers
 
@@ -51,9 +53,9 @@ class Run:
     def device(self) -> torch.device:
         if self.recipe.device == "cuda" and not torch.cuda.is_available():
             raise UserError("device: 'cuda' is not there on this machine; choose cpu or auto")
-        if self.recipe.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return torch.device(self.recipe.device)
+        if self.recipe.device == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
     @cached_property
     def compute(self) -> torch.dtype:
@@ -74,7 +76,7 @@ class Run:
 
     @cached_property
     def tokens(self) -> tuple[Tokens, Tokens]:
-        """Training and held-out tokens."""
+        """Training and held-out tokens. The first half of those held out is measured on, the second searched on."""
         return prepare(self.recipe.data, self.tokenizer, self.folder / "data")
 
     @cached_property
@@ -102,12 +104,22 @@ def run(recipe: Recipe, only: str | None = None) -> Path:
     check(recipe)
     torch.set_num_threads(recipe.threads)
     state = Run(recipe)
-    claim(recipe)
+    parallel.start(state.device)
+    lead = parallel.rank() == 0
+    if lead:
+        claim(recipe, only)
+    if parallel.world() > 1 and lead:
+        _ = state.tokens  # what is fetched and tokenised into shared folders is so once, by one rank
+    parallel.barrier()
     done_file = state.folder / "stages.json"
     done: dict[str, Any] = read_json(done_file) if done_file.exists() else {}
     for stage in _wanted(recipe, done, only):
         begin = time.monotonic()
-        STAGE_FUNCTIONS[stage](state)
+        if lead or stage in SPREAD:
+            STAGE_FUNCTIONS[stage](state)
+        parallel.barrier()
+        if not lead:
+            continue
         done[stage] = {"seconds": time.monotonic() - begin, "peak_bytes": _peak_bytes()} | _tokens(recipe, stage)
         write_json(done_file, done)
     return state.folder
@@ -129,32 +141,53 @@ def check(recipe: Recipe) -> None:
     for name in recipe.align.blocks:
         if name not in linear_blocks():
             raise UserError(f"align.blocks: {name!r} is not a linear block; choose from {', '.join(linear_blocks())}")
+    for block, options in recipe.align.options.items():
+        kinds = get_type_hints(BLOCKS[block].Options)
+        for option, value in options.items():
+            if option not in kinds:
+                raise UserError(
+                    f"align.options.{block}.{option}: no such option; choose from {', '.join(kinds) or 'none'}"
+                )
+            if not isinstance(value, int | float if kinds[option] is float else kinds[option]):
+                wanted = getattr(kinds[option], "__name__", kinds[option])
+                raise UserError(f"align.options.{block}.{option}: {value!r} is not possible; give {wanted}")
     if recipe.place.strategy not in STRATEGIES:
         raise UserError(f"place.strategy: {recipe.place.strategy!r} is unknown; choose from {', '.join(STRATEGIES)}")
     for task in recipe.evaluate.tasks:
         load_task(task)
 
 
-def claim(recipe: Recipe) -> None:
-    """Write the resolved recipe, or refuse where the directory holds the run of another one."""
+def claim(recipe: Recipe, only: str | None = None) -> None:
+    """Write the resolved recipe, or refuse where the directory holds the run of another one.
+
+    Until training has begun, `place` by itself may be asked again with other settings.
+    """
     path = Path(recipe.out) / "recipe.yaml"
+    trained = (path.parent / "checkpoints" / "train").exists() or (path.parent / "model").exists()
     resolved = yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
     if path.exists():
         try:
             stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError:
-            raise UserError(f"{path}: is not YAML; choose another `out`, or remove the file") from None
-        changed = differences(stored or {}, resolved)
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            stored = None
+        if not isinstance(stored, dict):
+            raise UserError(f"{path}: is no recipe; choose another `out`, or remove the file")
+        changed = differences(stored, resolved)
+        if only == "place" and not trained:
+            changed = [field for field in changed if not field.startswith("place.")]
         if changed:
             raise UserError(
                 f"{path}: holds a run of another recipe ({changed[0]}); choose another `out`, or remove the folder"
             )
-        return
+        if stored == resolved:
+            return
     write_text(path, yaml.safe_dump(resolved, sort_keys=False))
 
 
 def _align(state: Run) -> None:
-    recipe = state.recipe
+    recipe, layers = state.recipe, state.base.config.num_hidden_layers
+    if "place" in recipe.stages and recipe.place.budget > layers:
+        raise UserError(f"place.budget: {recipe.place.budget} is more than the base's {layers} layers; give fewer")
     align_candidates(
         state.base,
         recipe.align,
@@ -172,7 +205,7 @@ def _place(state: Run) -> None:
     objectives = sorted(recipe.place.objective)
     scorer = Scorer(
         supernet,
-        state.tokens[1],
+        state.tokens[1].half(1),
         recipe.place.tokens,
         objectives,
         recipe.seed,
@@ -214,6 +247,8 @@ def _train(state: Run) -> None:
         hybrid: Any = student.to(low)
     else:
         hybrid = supernet.build(placement, low)
+    if parallel.rank() > 0:
+        return
     with replacing(state.folder / "model") as temporary:
         hybrid.save_pretrained(temporary)
         state.tokenizer.save_pretrained(temporary)
@@ -226,7 +261,7 @@ def _evaluate(state: Run) -> None:
     result = evaluate(
         {"base": state.base, "hybrid": hybrid},
         tokenizer,
-        state.tokens[1].stream(),
+        state.tokens[1].half(0).stream(),
         tasks=settings.tasks,
         limit=settings.limit,
         perplexity_tokens=settings.perplexity_tokens,
@@ -272,6 +307,9 @@ STAGE_FUNCTIONS: dict[str, Callable[[Run], None]] = {
     "bench": _bench,
     "report": _report,
 }
+
+SPREAD = ("align", "train")
+"""The stages that several ranks share; the others run on rank 0."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "align": (),

@@ -13,18 +13,26 @@ class Progress:
 
     total: units of work in all. done: units that an earlier, interrupted run has done already;
     they count towards the bar, not towards the rate. Output goes to stderr; where that is not a
-    terminal, a plain line is printed every `every` seconds, and one at the end.
+    terminal, a plain line is printed every `every` seconds, and one at the end. quiet: print nothing.
     """
 
-    def __init__(self, label: str, total: float, unit: str = "tokens", done: float = 0, every: float = 15.0) -> None:
-        self.label, self.total, self.unit, self.every = label, total, unit, every
+    def __init__(
+        self,
+        label: str,
+        total: float,
+        unit: str = "tokens",
+        done: float = 0,
+        every: float = 15.0,
+        quiet: bool = False,
+    ) -> None:
+        self.label, self.total, self.unit, self.every, self.quiet = label, total, unit, every, quiet
         self.done = self.start_done = done
         self.note = ""
         self.bar: Any = None
 
     def __enter__(self) -> Progress:
         self.start = self.last = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self.quiet:
             self._open_bar()
         return self
 
@@ -61,6 +69,8 @@ class Progress:
         return (self.done - self.start_done) / max(time.monotonic() - self.start, 1e-9)
 
     def _line(self) -> None:
+        if self.quiet:
+            return
         left = (self.total - self.done) / self.rate() if self.done > self.start_done else 0.0
         share = 100 * self.done / self.total if self.total else 100
         print(

@@ -17,6 +17,7 @@ from postnas.errors import UserError
 STAGES = ("align", "place", "train", "evaluate", "bench", "report")
 DTYPES = ("float32", "bfloat16")
 OBJECTIVES = ("kl", "copy")
+STARTS = ("random", "plus_minus")
 
 
 def _need(condition: bool, name: str, value: Any, mend: str) -> None:
@@ -106,7 +107,9 @@ class Align:
 
     def __post_init__(self) -> None:
         _need(len(self.blocks) > 0, "align.blocks", [], "name at least one linear block")
-        _need(self.start in ("random", "plus_minus"), "align.start", self.start, "choose random or plus_minus")
+        _need(self.start in STARTS, "align.start", self.start, f"choose one of {', '.join(STARTS)}")
+        for block in self.options:
+            _need(block in self.blocks, "align.options", block, "add it to align.blocks")
         _positive(self, "tokens", "length", "batch", "lr", "checkpoint_every")
 
 
@@ -138,7 +141,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Train:
-    """Stage 1: mixers only, forward KL from the base. Stage 2 has the same fields, trains all weights."""
+    """Stage 1 of the distillation: mixers only, forward KL from the base."""
 
     tokens: int = 100_000
     """Tokens; 0 leaves the stage out."""
@@ -156,8 +159,20 @@ class Train:
     """Steps between checkpoints."""
 
     def __post_init__(self) -> None:
-        _need(self.tokens >= 0, "train.tokens", self.tokens, "give 0 or more tokens")
+        name = type(self).__name__.lower()
+        _need(self.tokens >= 0, f"{name}.tokens", self.tokens, "give 0 or more tokens")
+        _need(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "give 0 or more")
         _positive(self, "length", "batch", "lr", "clip", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Stage2(Train):
+    """Stage 2 of the distillation: all weights, forward KL from a frozen copy of the base."""
+
+    tokens: int = 0
+    """Tokens; 0 leaves the stage out."""
+    lr: float = 1e-5
+    """Peak learning rate (AdamW, cosine to a tenth, 5% warm-up)."""
 
 
 @dataclass(frozen=True)
@@ -225,7 +240,7 @@ class Recipe:
     """PostNAS 1."""
     train: Train = field(default_factory=Train)
     """Stage 1 of the distillation: mixers only."""
-    stage2: Train = field(default_factory=lambda: Train(tokens=0, lr=1e-5))
+    stage2: Stage2 = field(default_factory=Stage2)
     """Stage 2 of the distillation: all weights; off while its tokens are 0."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     """What was kept."""
@@ -250,7 +265,8 @@ class Recipe:
         _need(self.compute in DTYPES, "compute", self.compute, f"choose one of {', '.join(DTYPES)}")
         _need(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
         _need(self.place.block in self.align.blocks, "place.block", self.place.block, "add it to align.blocks")
-        _positive(self, "threads")
+        _need(0 <= self.seed < 2**32, "seed", self.seed, "give a number from 0 to 4294967295")
+        _need(0 < self.threads <= 1024, "threads", self.threads, "give a number from 1 to 1024")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in recipe.yaml."""

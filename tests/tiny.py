@@ -1,4 +1,4 @@
-"""A base and a text small enough for tests: a random Llama with a byte-level tokenizer, and made-up sentences."""
+"""Small enough for tests: a random Llama with a byte-level tokenizer, a random hybrid, made-up sentences, a recipe."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from postnas.models.config import HybridConfig
+from postnas.models.model import HybridForCausalLM
 
 WORDS = [
     "river",
@@ -132,3 +135,32 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     """The recipe as a YAML file."""
     path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     return path
+
+
+MIXED = ["jet", "attn", "gated_deltanet", "swa", "jet"]
+"""A placement with all four blocks, where linear layers stand before, between and after attention."""
+PAD = 3
+"""A pad id whose embedding is as large as any other, so that padding that leaks shows."""
+
+
+def make_hybrid(placement: list[str] | None = None, **fields: Any) -> HybridForCausalLM:
+    """A hybrid with every weight random, so that no path is idle; as `model.eval()` in float32."""
+    placement = MIXED if placement is None else placement
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "qkv_bias": True,
+        "blocks": {"swa": {"window_size": 9}},
+        "pad_token_id": PAD,
+    }
+    model = HybridForCausalLM(HybridConfig(num_hidden_layers=len(placement), placement=placement, **settings | fields))
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            wide = 1.0 if "embed" in name or "lm_head" in name else 0.15
+            shift = 1.0 if "norm" in name else 0.0
+            parameter.copy_(shift + wide * torch.randn(parameter.shape, generator=generator))
+    return model.eval()

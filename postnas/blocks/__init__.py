@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import suppress
+from math import isfinite
+from typing import Any, get_args, get_type_hints
 
 from postnas.blocks.attention import Attention, WindowAttention
 from postnas.blocks.dims import Dims
@@ -33,14 +35,24 @@ def linear_blocks() -> list[str]:
 
 
 def make_block(name: str, dims: Dims, options: dict[str, Any] | None = None) -> Any:
-    """A new mixer. Raises UserError for an unknown block, an unknown option or sizes that cannot be."""
+    """A new mixer. Raises UserError for an unknown block, an unknown option, a wrong type or sizes that cannot be."""
     block = BLOCKS.get(name)
     if block is None:
         raise UserError(f"block: {name!r} is unknown; choose from {', '.join(BLOCKS)}")
-    try:
-        chosen = block.Options(**(options or {}))
-    except TypeError:
-        known = list(block.Options.__dataclass_fields__)
-        wrong = sorted(set(options or {}) - set(known))
-        raise UserError(f"blocks.{name}.{wrong[0]}: no such option; choose from {', '.join(known) or 'none'}") from None
-    return block(dims, chosen.resolve(dims))
+    known, given = get_type_hints(block.Options), {}
+    for option, value in (options or {}).items():
+        if option not in known:
+            raise UserError(f"blocks.{name}.{option}: no such option; choose from {', '.join(known) or 'none'}")
+        given[option] = _typed(f"blocks.{name}.{option}", value, get_args(known[option]) or (known[option],))
+    return block(dims, block.Options(**given).resolve(dims))
+
+
+def _typed(field: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    """The value if it is of one of these types. Raises UserError where it is not, or is no finite number."""
+    if float in kinds and type(value) in (int, str):  # YAML reads 1e-5 as text, and the official files hold it so
+        with suppress(ValueError):
+            value = float(value)
+    if type(value) not in kinds or (isinstance(value, float) and not isfinite(value)):
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise UserError(f"{field}: {value!r} is no {wanted}; give one")
+    return value

@@ -118,9 +118,8 @@ class DeltaMixer(nn.Module):
     def flops(self, tokens: int, past: int = 0) -> int:
         """Floating-point operations (a multiply-add is two) of `tokens` tokens, chunked where there is more than one.
 
-        A chunk of C tokens needs, a head, the products k.k, q.k (C C K each), the triangular system on
-        V + K columns (C C / 2 a column, as dense libraries count it), scores times values, and three
-        products with the state.
+        A chunk of C tokens, full or not, needs, a head, the products k.k, q.k (2 C C K each), the triangular
+        system on V + K columns (C C a column), scores times values (2 C C V), and three products with the state.
         """
         dims, keys, values = self.dims, self.key_dim, self.value_dim
         linear = 2 * dims.hidden * (self.heads * (2 * keys + 3 * values) + 2 * self.heads)
@@ -128,8 +127,9 @@ class DeltaMixer(nn.Module):
             rule = 6 * keys * values
         else:
             size = min(CHUNK, tokens)
-            rule = 4 * size * keys + size * (keys + values) + 2 * size * values + 6 * keys * values
-        return tokens * (linear + self.heads * rule + self.extra_flops())
+            chunks = -(-tokens // size)
+            rule = chunks * size * (size * (5 * keys + 3 * values) + 6 * keys * values)
+        return tokens * (linear + self.extra_flops()) + self.heads * rule
 
     def extra_flops(self) -> int:
         """Operations a token of the block's own convolution."""

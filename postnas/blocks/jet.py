@@ -1,4 +1,4 @@
-"""The JetBlock (arXiv 2508.15884, section 3.3): the gated delta rule with a dynamic convolution on the values."""
+"""The JetBlock (Jet-Nemotron, arXiv 2508.15884): the gated delta rule with a dynamic convolution on the values."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class JetOptions(DeltaOptions):
     def resolve(self, dims: Dims) -> JetOptions:
         filled = super().resolve(dims)
         assert isinstance(filled, JetOptions) and filled.num_heads is not None
-        if filled.num_heads * filled.value_dim < filled.dconv_generator_reduction:
+        if not 1 <= filled.dconv_generator_reduction <= filled.num_heads * filled.value_dim:
             raise UserError(
                 f"jet.dconv_generator_reduction: {filled.dconv_generator_reduction} leaves the kernel "
-                f"generator no width; give at most {filled.num_heads * filled.value_dim}"
+                f"generator no width; give 1 to {filled.num_heads * filled.value_dim}"
             )
         return filled
 
@@ -55,9 +55,11 @@ class KernelGenerator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, hidden] -> taps [W, B, T, D], the last tap on the token itself.
 
-        w2's rows hold the taps of a channel side by side; one product a tap, instead of one for all,
-        gives each tap as a dense tensor.
+        w2's rows hold the taps of a channel side by side. For many tokens one product a tap gives each tap
+        as a dense tensor; for one token that would only copy the weights.
         """
+        if x.shape[1] == 1:
+            return self.w2(F.silu(self.w1(x))).unflatten(-1, (self.channels, self.taps)).movedim(-1, 0)
         weight = self.w2.weight.unflatten(0, (self.channels, self.taps)).permute(1, 2, 0)
         bias = self.w2.bias.unflatten(0, (self.channels, self.taps)).T[:, None]
         inner = F.silu(self.w1(x)).flatten(0, 1).expand(self.taps, -1, -1)

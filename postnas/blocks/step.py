@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Rope = tuple[Tensor, Tensor]
@@ -74,7 +75,7 @@ class Ledger:
         if self.window is not None:
             allowed &= query[:, :, None] - key[:, None] < self.window
         if step.segments is not None:
-            owner = torch.cat([step.segments[:, :1].expand(-1, self.length), step.segments], dim=1)
+            owner = F.pad(step.segments, (self.length, 0))
             allowed &= owner[:, None] == step.segments[:, :, None]
             key = torch.where(owner == step.segments[:, -1:], key, -1)
         # A query without any key would be NaN, and NaN spreads: padding sees everything instead.
@@ -102,7 +103,8 @@ class Step:
     valid: Tensor | None = None
     """[B, T] bool, True for real tokens, which come first in each row; None where all are real."""
     segments: Tensor | None = None
-    """[B, T] int, rising by one where a new packed sequence begins; None where there is one a row."""
+    """[B, T] int, rising by one where a new packed sequence begins; 0 goes on with what is cached. None where
+    every row goes on with one sequence."""
     seen: int | Tensor = 0
     """Real tokens that each row's cache has seen: one number, or [B]."""
     _keys: dict[int | None, Keys] = field(default_factory=dict)

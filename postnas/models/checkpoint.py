@@ -29,18 +29,21 @@ def base_folder(name: str, sha256: str | None = None) -> Path:
 
 def base_config(name: str) -> HybridConfig:
     """The base's sizes, from its config alone. Raises UserError for an unknown architecture."""
-    from transformers import AutoConfig
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     path = resolve_config(name)
     values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{path}: has no model_type; give the config.json of a model")
+    kind = str(values.pop("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise UserError(f"{path}: model_type {kind!r} is unknown to transformers; choose another base")
     try:
-        config = AutoConfig.for_model(values["model_type"], **{k: v for k, v in values.items() if k != "model_type"})
-    except ValueError:
-        raise UserError(
-            f"{path}: model_type {values['model_type']!r} is unknown to transformers; choose another base"
-        ) from None
+        config = AutoConfig.for_model(kind, **values)
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+        # Whatever transformers stumbles over here stands in the user's file.
+        raise UserError(f"{path}: is no configuration of {kind!r} ({error}); mend it or choose another base") from error
     return HybridConfig(**from_base(config))
 
 
@@ -55,16 +58,17 @@ def model_from_weights(config: HybridConfig, weights: dict[str, Tensor], dtype: 
     """A model that holds these very tensors (cast to `dtype`). Raises UserError where one is missing or left over."""
     with torch.device("meta"):
         model = HybridForCausalLM(config)
-    if config.tie_word_embeddings:
-        weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
-    for name in sorted(wanted.keys() | found.keys()):
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    for name in sorted((wanted.keys() | found.keys()) - tied):
         if wanted.get(name) != found.get(name):
             raise UserError(
                 f"weights: {name} is {found.get(name, 'missing')} and should be {wanted.get(name, 'absent')}; "
                 "the file does not fit its config"
             )
+    if tied:
+        weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
     model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
     model.model.rotary_emb = RotaryEmbedding(config)
     model.tie_weights()

@@ -37,8 +37,6 @@ def convert(
         if block == supernet.attention[layer]:
             continue
         attention = model.model.layers[layer].self_attn
-        if block not in supernet.candidates:
-            supernet.candidates[block] = [torch.nn.Module() for _ in range(supernet.layers)]
         mixer = make_block(block, model.config.dims(), (options or {}).get(block))
         if isinstance(mixer, DeltaMixer):
             inherit(mixer, attention, start=start, seed=seed + layer)
@@ -46,5 +44,5 @@ def convert(
             mixer.load_state_dict(attention.state_dict())
         else:
             raise UserError(f"placement[{layer}]: the base has a window here and cannot become {block!r}; keep 'swa'")
-        supernet.candidates[block][layer] = mixer
+        supernet.candidates.setdefault(block, {})[layer] = mixer
     return supernet.build(placement, dtype)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from postnas.data import load_tokenizer
 from postnas.errors import UserError
+from postnas.files import read_json
 
 
 def register() -> None:
@@ -27,15 +29,24 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
 
     dtype: as saved where None. Raises UserError where the folder holds no hybrid or a file is cut off.
     """
-    from transformers import AutoTokenizer
-
+    from postnas.models.config import HybridConfig
     from postnas.models.model import HybridForCausalLM
 
     folder = Path(folder)
+    mend = "give the `model` folder of a finished run"
     if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: holds no config.json; give the `model` folder of a finished run")
+        raise UserError(f"{folder}: holds no config.json; {mend}")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != HybridConfig.model_type:
+        raise UserError(f"{folder}: holds a model of type {kind!r}, not {HybridConfig.model_type!r}; {mend}")
     try:
-        model: Any = HybridForCausalLM.from_pretrained(folder, dtype=dtype or "auto", use_safetensors=True)
+        loaded: Any = HybridForCausalLM.from_pretrained(
+            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+        )
+        model, found = loaded
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); write the model again") from error
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    if found["missing_keys"]:
+        raise UserError(f"{folder}: {min(found['missing_keys'])} is missing; write the model again")
+    return model.to(device).eval(), load_tokenizer(folder)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -22,6 +21,11 @@ from postnas.blocks.step import Rope, Step
 from postnas.errors import UserError
 from postnas.models.cache import HybridCache
 from postnas.models.config import HybridConfig
+
+
+SCALED_ROPE = ("linear", "llama3", "yarn")
+"""Scaled kinds whose frequencies are constants. Those of `dynamic` and `longrope` change with the length, so that
+chunks, packs and rows of one batch would not agree."""
 
 
 class MLP(nn.Module):
@@ -85,11 +89,12 @@ class RotaryEmbedding(nn.Module):
                 torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device) / self.config.head_dim
             )
             return parameters["rope_theta"] ** -exponent, 1.0
-        if kind not in ROPE_INIT_FUNCTIONS:
+        if kind not in SCALED_ROPE:
             raise UserError(
-                f"rope_parameters.rope_type: {kind!r} is unknown; choose from default, {', '.join(ROPE_INIT_FUNCTIONS)}"
+                f"rope_parameters.rope_type: {kind!r} is not supported; choose from default, {', '.join(SCALED_ROPE)}"
             )
-        return ROPE_INIT_FUNCTIONS[kind](self.config, device)
+        with device:  # models are built on the meta device, and these formulas name no device of their own
+            return ROPE_INIT_FUNCTIONS[kind](self.config, device)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> Rope:
         """positions: [B, T] -> cos, sin [B, T, head_dim] in dtype."""
@@ -141,8 +146,9 @@ class HybridModel(HybridPreTrainedModel):
         """Hidden states after the last norm, [B, T, hidden].
 
         input_ids: [B, T] int64, or inputs_embeds [B, T, hidden]. attention_mask: [B, T] or
-        [B, cached + T], 0 at padding, on any side. position_ids: [B, T]; where they do not rise by one
-        a new packed sequence begins, which sees nothing of the one before. use_cache: return states.
+        [B, cached + T], 0 at padding, on any side. position_ids: [B, T]; where they do not rise by one, or
+        start at 0 on a filled cache, a packed sequence begins, which sees nothing of the one before.
+        use_cache: return states.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("input_ids: give either input_ids or inputs_embeds, not both or none")
@@ -193,7 +199,7 @@ class HybridModel(HybridPreTrainedModel):
             positions = position_ids.to(h.device).expand(batch, tokens)
             if order is not None:
                 positions = positions.gather(1, order)
-            segments = _segments(positions, valid)
+            segments = _segments(positions, valid, filled=cache is not None and cache.slots > 0)
         rope = self.rotary_emb(positions, torch.float64 if h.dtype == torch.float64 else torch.float32)
         step = Step(batch, tokens, h.device, lambda kind: rope, valid=valid, segments=segments, seen=seen)
         if cache is not None:
@@ -223,14 +229,15 @@ def _valid(attention_mask: Tensor, batch: int, tokens: int) -> Tensor:
     return attention_mask[:, attention_mask.shape[1] - tokens :] != 0
 
 
-def _segments(positions: Tensor, valid: Tensor | None) -> Tensor | None:
-    """[B, T] running number of the packed sequence of each token; None where each row holds one."""
-    begins = positions[:, 1:] != positions[:, :-1] + 1
+def _segments(positions: Tensor, valid: Tensor | None, filled: bool) -> Tensor | None:
+    """[B, T] running number of the packed sequence of each token; None where no row begins one.
+
+    0 is the sequence that the cache holds. On a `filled` one a chunk may begin with another: at position 0.
+    """
+    begins = torch.cat([(positions[:, :1] == 0) & filled, positions[:, 1:] != positions[:, :-1] + 1], dim=1)
     if valid is not None:
-        begins = begins & valid[:, 1:]
-    if not begins.any():
-        return None
-    return F.pad(begins, (1, 0)).cumsum(1)
+        begins = begins & valid
+    return begins.cumsum(1) if begins.any() else None
 
 
 def _gather(h: Tensor, order: Tensor) -> Tensor:

@@ -22,9 +22,9 @@ Placement = list[str]
 
 
 class Supernet:
-    """base: a model with attention in every layer, frozen. candidates: {block: [a mixer a layer]}."""
+    """base: a model with attention in every layer, frozen. candidates: {block: {layer: mixer}}."""
 
-    def __init__(self, base: HybridForCausalLM, candidates: dict[str, list[Any]]) -> None:
+    def __init__(self, base: HybridForCausalLM, candidates: dict[str, dict[int, Any]]) -> None:
         self.base, self.candidates = base, candidates
         self.config = cast(HybridConfig, base.config)
         assert self.config.placement is not None
@@ -43,7 +43,7 @@ class Supernet:
         """The base's own attention, or the layer's candidate of this block."""
         if block == self.attention[layer]:
             return self.base.model.layers[layer].self_attn
-        if block not in self.candidates:
+        if layer not in self.candidates.get(block, {}):
             raise UserError(f"placement[{layer}]: no candidate of {block!r}; align it first")
         return self.candidates[block][layer]
 
@@ -95,6 +95,6 @@ class Supernet:
         """The options of every block in use, for the hybrid's config."""
         found = dict(self.config.blocks or {})
         for block, mixers in self.candidates.items():
-            options = mixers[0].options
+            options = next(iter(mixers.values())).options
             found[block] = {name: getattr(options, name) for name in options.__dataclass_fields__}
         return found

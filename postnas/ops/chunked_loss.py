@@ -26,10 +26,11 @@ class _ChunkedKL(torch.autograd.Function):
         ctx: Any, student: Tensor, weight: Tensor, teacher: Tensor, teacher_weight: Tensor, softcap: float | None
     ) -> Tensor:
         tokens = student.shape[0]
+        wide = torch.float64 if student.dtype == torch.float64 else torch.float32
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.empty_like(student) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        total = student.new_zeros((), dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        total = student.new_zeros((), dtype=wide)
         low = weight.to(student.dtype)
         teacher_low = low if teacher_weight is weight else teacher_weight.to(teacher.dtype)
         for rows in _chunks(student):

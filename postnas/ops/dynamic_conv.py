@@ -21,9 +21,9 @@ def causal_conv(
 
     x: [B, T, D]; at tokens that are padding it must be zero. taps: [W, B, T, D] or, for a static
     convolution, [W, D]; taps first, so that each is one dense tensor. history: the W - 1 inputs
-    before x, [B, W - 1, D], zeros where None. segments: [B, T] integers that never fall; no tap
-    reaches into another segment, and `history` belongs to the first one. lengths: [B], how many of
-    the T tokens are real; the real ones come first, all of them where None.
+    before x, [B, W - 1, D], zeros where None. segments: [B, T] integers from 0 that never fall;
+    no tap reaches into another segment, and `history` belongs to segment 0. lengths: [B], how many
+    of the T tokens are real; the real ones come first, all of them where None.
 
     Returns y [B, T, D] in x's type and the last W - 1 inputs of each row, [B, W - 1, D].
     """
@@ -34,7 +34,7 @@ def causal_conv(
     else:
         padded = torch.cat([history.to(x.dtype), x], dim=1)
     if segments is not None:
-        owners = torch.cat([segments[:, :1].expand(-1, width - 1), segments], dim=1)
+        owners = F.pad(segments, (width - 1, 0))
     *earlier, now = taps.to(x.dtype).unbind(0)
     y = now * x
     for w, tap in enumerate(earlier):

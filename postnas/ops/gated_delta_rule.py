@@ -29,8 +29,8 @@ def gated_delta_rule(
 
     q, k: [B, T, H, K], any float type, not yet normalised. v: [B, T, H, V]. g: [B, T, H], the log
     of the decay, <= 0. beta: [B, T, H] in (0, 1). state: [B, H, K, V] float32, zeros where None.
-    segments: [B, T] integers that never fall; the state is forgotten where they rise, and `state`
-    belongs to the first segment. A token with beta = 0 and g = 0 leaves the state as it was.
+    segments: [B, T] integers from 0 that never fall; the state is forgotten where they rise, and `state`
+    belongs to segment 0. A token with beta = 0 and g = 0 leaves the state as it was.
 
     Returns o [B, T, H, V] in v's type and the state after the last token [B, H, K, V] float32.
     """
@@ -66,17 +66,17 @@ def recurrent_gated_delta_rule(
         decay = decay * _continues(segments)[:, None]
     outputs = []
     for t in range(q.shape[2]):
-        k_t, q_t = k[:, :, t, :, None], q[:, :, t, :, None]
+        k_t, q_t = k[:, :, t : t + 1], q[:, :, t : t + 1]
         state = decay[:, :, t, None, None] * state
-        delta = beta[:, :, t, None] * (v[:, :, t] - (state * k_t).sum(-2))
-        state = state + k_t * delta[:, :, None]
-        outputs.append((state * q_t).sum(-2))
+        delta = beta[:, :, t, None, None] * (v[:, :, t : t + 1] - k_t @ state)
+        state = torch.addcmul(state, k_t.transpose(-1, -2), delta)
+        outputs.append((q_t @ state).squeeze(-2))
     return torch.stack(outputs, dim=1).to(dtype), state
 
 
 def _continues(segments: Tensor) -> Tensor:
     """[B, T] bool: does the token belong to the segment of the one before it?"""
-    return F.pad(segments[:, 1:] == segments[:, :-1], (1, 0), value=True)
+    return segments == F.pad(segments[:, :-1], (1, 0))
 
 
 def chunk_gated_delta_rule(
@@ -109,7 +109,7 @@ def chunk_gated_delta_rule(
         segments = torch.cat([segments, segments[:, -1:].expand(-1, padding)], dim=1)
         chunks = segments.unflatten(1, (-1, size))  # [B, N, C]
         causal = causal & (chunks[..., :, None] == chunks[..., None, :])[:, None]
-        before = torch.cat([chunks[:, :1, 0], chunks[:, :-1, -1]], dim=1)
+        before = F.pad(chunks[:, :-1, -1], (1, 0))
         reaches = (chunks == before[..., None])[:, None]  # does the state before the chunk reach the token?
         stays = (chunks == chunks[..., -1:])[:, None]  # does the token belong to the chunk's last segment?
     # exp only where it is wanted: above the diagonal it could overflow and poison the gradient

@@ -160,6 +160,7 @@ def align_stage(base: Decoder, linear: Decoder, tokens: int, length: int) -> Sta
     """Each token: the base forward without its head, and every layer's candidate forward and backward.
 
     linear: all layers on the linear block. length: tokens of a sequence, which attention's share depends on.
+    An upper bound: products that a candidate begins with need no gradient of their input.
     """
     candidates = sum(mixer.flops(length) for mixer in linear.mixers)
     flops = (base.body_flops(length) + 3 * candidates) * tokens // length
@@ -186,8 +187,8 @@ def mixers_stage(base: Decoder, hybrid: Decoder, linear: Decoder, tokens: int, l
     A frozen product costs its input's gradient only; scores of attention have two factors and cost twice.
     """
     backward, trained = hybrid.layers * hybrid.mlp_flops(length), 0
-    for kept, mixer in zip(base.mixers, hybrid.mixers, strict=True):
-        new = type(mixer) is not type(kept)
+    for before, after, mixer in zip(base.placement, hybrid.placement, hybrid.mixers, strict=True):
+        new = after != before
         frozen = 0 if new else 2 * length * sum(p.numel() for p in mixer.parameters() if p.ndim == 2)
         backward += 2 * mixer.flops(length) - frozen
         trained += numel(mixer) if new else 0

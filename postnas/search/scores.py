@@ -46,11 +46,13 @@ class Scorer:
     ) -> None:
         self.supernet, self.path, self.compute = supernet, path, compute
         self.known: dict[tuple[str, ...], Values] = {}
-        records = [r for r in read_jsonl(path) if objectives == sorted(r["values"])]
+        self.tokens = tokens
+        records = read_jsonl(path)
         if path.exists():
             write_jsonl(path, records)  # drops a line that a killed run left unfinished
         for record in records:
-            self.known[tuple(record["placement"])] = record["values"]
+            if (record["tokens"], sorted(record["values"])) == (tokens, objectives):
+                self.known[tuple(record["placement"])] = record["values"]
         device = supernet.head.device
         self.sequences: dict[str, Tensor] = {}
         if "kl" in objectives:
@@ -66,7 +68,7 @@ class Scorer:
         key = tuple(placement)
         if key not in self.known:
             self.known[key] = {name: self._measure(name, placement) for name in sorted(self.sequences)}
-            append_jsonl(self.path, {"placement": placement, "values": self.known[key]})
+            append_jsonl(self.path, {"tokens": self.tokens, "placement": placement, "values": self.known[key]})
         return self.known[key]
 
     @torch.no_grad()

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from postnas.blocks import make_block
@@ -21,9 +22,11 @@ from postnas.blocks.inherit import inherit, relative_error
 from postnas.data import Tokens
 from postnas.errors import UserError
 from postnas.files import replacing
+from postnas.models.checkpoint import read_tensors
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Supernet
 from postnas.recipe import Align
+from postnas.train import parallel
 from postnas.train.loop import Plan, autocast, fit
 
 SAMPLE = (8, 256)
@@ -61,23 +64,31 @@ def candidate_path(run: Path, block: str, layer: int) -> Path:
 
 
 def new_candidates(
-    base: HybridForCausalLM, align: Align, tokens: Tokens, seed: int, device: torch.device, compute: torch.dtype
-) -> dict[str, list[nn.Module]]:
-    """Candidates in float32 that start from the attention they stand beside, not yet trained."""
-    supernet = Supernet(base, {})
-    sample = tokens.batch(0, *SAMPLE, seed=seed + 1).tokens.to(device) if len(tokens) >= SAMPLE[1] else None
-    candidates: dict[str, list[nn.Module]] = {block: [] for block in align.blocks}
+    base: HybridForCausalLM,
+    align: Align,
+    tokens: Tokens,
+    seed: int,
+    compute: torch.dtype,
+    layers: Sequence[int] | None = None,
+) -> dict[str, dict[int, nn.Module]]:
+    """Candidates in float32 that start from the attention they stand beside, not yet trained.
+
+    layers: those wanted, all where None. Returns {block: {layer: mixer}}.
+    """
+    device, supernet = base.lm_head.weight.device, Supernet(base, {})
+    wanted = range(supernet.layers) if layers is None else layers
+    rows, length = SAMPLE
+    sample = tokens.batch(0, rows, min(length, len(tokens)), seed=seed + 1).tokens.to(device)
+    candidates: dict[str, dict[int, nn.Module]] = {block: {} for block in align.blocks}
     with torch.no_grad(), autocast(device, compute):
-        h, step = supernet.embed(sample if sample is not None else tokens.sequences(1, len(tokens)).to(device))
-        walked = supernet.walk(h, step)
-        for layer, x, y in walked:
-            for block in align.blocks:
+        for layer, x, y in supernet.walk(*supernet.embed(sample)):
+            for block in align.blocks if layer in wanted else ():
                 torch.manual_seed(seed * 1_000_003 + layer)
                 mixer = make_block(block, base.config.dims(), align.options.get(block)).to(device)
                 attention = base.model.layers[layer].self_attn
                 with torch.autocast(device.type, enabled=False):
                     inherit(mixer, attention, (x.float(), y.float()), align.start, seed=seed + layer)
-                candidates[block].append(mixer)
+                candidates[block][layer] = mixer
     return candidates
 
 
@@ -90,47 +101,61 @@ def align_candidates(
     seed: int,
     compute: torch.dtype,
     borders: bool = False,
-) -> dict[str, list[nn.Module]]:
+) -> dict[str, dict[int, nn.Module]]:
     """Candidates for every layer and block: read from run/candidates where their keys fit, else trained and written.
 
     base: the model on its device, frozen. The loss of each candidate is its squared error as a share of
-    the output's squared size, so that all layers weigh alike. Raises UserError for a candidate of another base.
+    the output's squared size, so that all layers weigh alike. On several ranks each trains every n-th
+    layer. Raises UserError for a candidate of another base.
     """
-    device = next(base.parameters()).device
-    if all(
-        stored_key_fits(run, block, layer, key) for block, wanted in keys.items() for layer, key in enumerate(wanted)
-    ):
-        return load_candidates(base, align, run, device)
-    candidates = new_candidates(base, align, tokens, seed, device, compute)
-    supernet = Supernet(base, candidates)
+    device = base.lm_head.weight.device
+    if not all([stored_key_fits(run, key) for wanted in keys.values() for key in wanted]):
+        _align(base, align, tokens, run, keys, seed, compute, borders)
+        parallel.barrier()
+    return load_candidates(base, align, run, device)
+
+
+def _align(
+    base: HybridForCausalLM,
+    align: Align,
+    tokens: Tokens,
+    run: Path,
+    keys: dict[str, list[dict[str, Any]]],
+    seed: int,
+    compute: torch.dtype,
+    borders: bool,
+) -> None:
+    device, supernet = base.lm_head.weight.device, Supernet(base, {})
+    layers = range(parallel.rank(), supernet.layers, parallel.world())
+    candidates = new_candidates(base, align, tokens, seed, compute, layers)
     groups = [
         {f"{block}.{layer}.{name}": p for name, p in mixer.named_parameters()}
         for block, mixers in candidates.items()
-        for layer, mixer in enumerate(mixers)
+        for layer, mixer in mixers.items()
     ]
 
     def backward(number: int) -> dict[str, Any]:
         batch = tokens.batch(number, align.batch, align.length, seed, borders)
-        losses: dict[str, list[float]] = {block: [] for block in candidates}
+        losses = torch.zeros(len(candidates), supernet.layers, device=device)
         with torch.no_grad(), autocast(device, compute):
             positions = None if batch.positions is None else batch.positions.to(device)
             h, step = supernet.embed(batch.tokens.to(device), positions)
             for layer, x, y in supernet.walk(h, step):
-                for block, mixers in candidates.items():
+                for row, mixers in enumerate(candidates.values() if layer in layers else ()):
                     with torch.enable_grad():
                         loss = relative_error(mixers[layer](x, step)[0], y)
                     loss.backward()
-                    losses[block].append(loss.item())
-        everything = [loss for block in losses.values() for loss in block]
-        return {"loss": sum(everything) / len(everything), "losses": losses}
+                    losses[row, layer] = loss.detach()
+        named = dict(zip(candidates, parallel.total(losses).tolist(), strict=True))
+        return {"loss": float(losses.mean()), "losses": named}
 
     per_step = align.batch * align.length
-    plan = Plan("align", -(-align.tokens // per_step), per_step, align.lr, checkpoint_every=align.checkpoint_every)
+    steps = -(-align.tokens // per_step)
+    plan = Plan("align", steps, per_step, align.lr, checkpoint_every=align.checkpoint_every, spread=True)
     fit(plan, groups, backward, run)
     for block, mixers in candidates.items():
-        for layer, mixer in enumerate(mixers):
+        for layer, mixer in mixers.items():
             write_candidate(candidate_path(run, block, layer), mixer, keys[block][layer])
-    return candidates
 
 
 def write_candidate(path: Path, mixer: nn.Module, key: dict[str, Any]) -> None:
@@ -140,30 +165,38 @@ def write_candidate(path: Path, mixer: nn.Module, key: dict[str, Any]) -> None:
         save_file(weights, temporary, metadata={"key": json.dumps(key, sort_keys=True)})
 
 
-def stored_key_fits(run: Path, block: str, layer: int, key: dict[str, Any]) -> bool:
+def stored_key_fits(run: Path, key: dict[str, Any]) -> bool:
     """Whether the candidate's file is there and was made from just this. Raises UserError for another base's."""
-    path = candidate_path(run, block, layer)
-    if not path.exists():
-        return False
+    path = candidate_path(run, key["block"], key["layer"])
+    return path.exists() and _stored_key(path, key["base"]) == json.loads(json.dumps(key))
+
+
+def _stored_key(path: Path, base: str) -> dict[str, Any]:
+    """The key in a candidate's file. Raises UserError for a cut-off file, or one of another base than `base`."""
     try:
         with safe_open(path, framework="pt") as handle:
             stored = json.loads((handle.metadata() or {}).get("key", "{}"))
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: is not a whole candidate ({error}); remove it, and it is made again") from error
-    if stored.get("base") != key["base"]:
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: is not a whole candidate ({error}); remove it and align again") from error
+    if stored.get("base") != base:
         raise UserError(f"{path}: is a candidate of another base; choose another `out`, or remove {path.parent}")
-    return stored == json.loads(json.dumps(key))
+    return stored
 
 
 def load_candidates(
     base: HybridForCausalLM, align: Align, run: Path, device: torch.device
-) -> dict[str, list[nn.Module]]:
-    """The candidates in run/candidates, in float32 on `device`."""
-    candidates: dict[str, list[nn.Module]] = {}
+) -> dict[str, dict[int, nn.Module]]:
+    """The candidates in run/candidates, in float32 on `device`.
+
+    Raises UserError for one that is missing, cut off, or aligned to another base.
+    """
+    own = fingerprint(base)
+    candidates: dict[str, dict[int, nn.Module]] = {block: {} for block in align.blocks}
     for block in align.blocks:
-        candidates[block] = []
         for layer in range(base.config.num_hidden_layers):
             mixer = make_block(block, base.config.dims(), align.options.get(block))
-            mixer.load_state_dict(load_file(candidate_path(run, block, layer)))
-            candidates[block].append(mixer.to(device))
+            path = candidate_path(run, block, layer)
+            _stored_key(path, own)
+            mixer.load_state_dict(read_tensors(path))
+            candidates[block][layer] = mixer.to(device)
     return candidates

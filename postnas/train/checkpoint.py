@@ -35,14 +35,17 @@ def save(folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer
         write_json(temporary / "state.json", {"step": step, "optimizer_steps": steps, "random": random})
 
 
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint was taken at; 0 where there is none."""
+    return int(read_json(folder / "state.json")["step"]) if (folder / "state.json").exists() else 0
+
+
 def load(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint back in place and return the step it was taken at; 0 where there is none."""
-    if not (folder / "state.json").exists():
-        return 0
+    """Put a checkpoint back in place and return the step it was taken at."""
     state: dict[str, Any] = read_json(folder / "state.json")
     weights = read_tensors(folder / "weights.safetensors")
     moments = read_tensors(folder / "optimizer.safetensors")
-    if weights.keys() != parameters.keys():
+    if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in parameters.items()}:
         raise UserError(f"{folder}: is the checkpoint of another model; remove the folder to begin the stage anew")
     for name, parameter in parameters.items():
         with torch.no_grad():

@@ -12,6 +12,7 @@ from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Placement, Supernet
 from postnas.ops.chunked_loss import chunked_kl
 from postnas.recipe import Train
+from postnas.train import parallel
 from postnas.train.loop import Plan, autocast, fit
 
 
@@ -48,7 +49,7 @@ def train_mixers(
     first = supernet.first_change(placement)
 
     def backward(number: int) -> dict[str, Any]:
-        batch = tokens.batch(number, train.batch, train.length, seed + 17, borders)
+        batch = tokens.batch(number, train.batch, train.length, seed + 17, borders, parallel.rank(), parallel.world())
         positions = None if batch.positions is None else batch.positions.to(device)
         with autocast(device, compute):
             with torch.no_grad():
@@ -81,7 +82,7 @@ def train_all(
     student.requires_grad_(True)
 
     def backward(number: int) -> dict[str, Any]:
-        batch = tokens.batch(number, train.batch, train.length, seed + 29, borders)
+        batch = tokens.batch(number, train.batch, train.length, seed + 29, borders, parallel.rank(), parallel.world())
         inputs: dict[str, Any] = {"input_ids": batch.tokens.to(device), "use_cache": False}
         if batch.positions is not None:
             inputs["position_ids"] = batch.positions.to(device)

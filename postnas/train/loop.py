@@ -15,7 +15,7 @@ from torch import nn
 from postnas.errors import UserError
 from postnas.files import append_jsonl, read_jsonl, write_jsonl
 from postnas.progress import Progress
-from postnas.train import checkpoint
+from postnas.train import checkpoint, parallel
 from postnas.train.optimizer import learning_rate, make_optimizer
 
 
@@ -31,6 +31,8 @@ class Plan:
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_every: int = 50
+    spread: bool = False
+    """Ranks train parameters of their own (alignment by layer), instead of shares of one batch."""
 
 
 def fit(
@@ -44,43 +46,71 @@ def fit(
     backward(step) computes the step's loss, fills the gradients and returns what is to be logged,
     `loss` among it. Everything it draws must follow from the step. Metrics go to run/metrics.jsonl,
     the checkpoint to run/checkpoints/STAGE; where one is there already, training goes on from it.
+    On several ranks gradients and losses are averaged, and rank 0 writes; where the plan is spread,
+    every rank has parameters and a checkpoint of its own, and backward returns what all ranks share.
     Raises UserError, with the last good checkpoint, where a loss or gradient is not finite.
     """
     parameters = {name: p for group in groups for name, p in group.items()}
     optimizer = make_optimizer(list(parameters.values()), plan.lr, plan.weight_decay)
-    folder = run / "checkpoints" / plan.stage
-    first = checkpoint.load(folder, parameters, optimizer)
+    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    lead = parallel.rank() == 0
+    folders = _folders(plan, run)
+    first = _resume(folders, parameters, optimizer)
     metrics = run / "metrics.jsonl"
-    _forget(metrics, plan.stage, first)
+    if lead:
+        _forget(metrics, plan.stage, first)
+    parallel.barrier()  # nobody writes a checkpoint before everybody has read the last one
     seconds = time.monotonic()
-    with Progress(plan.stage, plan.steps * plan.tokens_per_step, done=first * plan.tokens_per_step) as bar:
+    with Progress(
+        plan.stage, plan.steps * plan.tokens_per_step, done=first * plan.tokens_per_step, quiet=not lead
+    ) as bar:
         for step in range(first, plan.steps):
             rate = learning_rate(step, plan.steps, plan.lr)
             for settings in optimizer.param_groups:
                 settings["lr"] = rate
             values = backward(step)
-            _check(values["loss"], plan, step, folder)
+            if not plan.spread:
+                parallel.average([p.grad for p in parameters.values() if p.grad is not None])
+                values["loss"] = float(parallel.total(torch.tensor(values["loss"], device=device))) / parallel.world()
+            _check(values["loss"], plan, step, folders[0])
             for group in groups:
                 norm = nn.utils.clip_grad_norm_(list(group.values()), plan.clip)
-                _check(float(norm), plan, step, folder)
+                _check(float(norm), plan, step, folders[0])
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             now = time.monotonic()
-            append_jsonl(
-                metrics,
-                {
-                    "stage": plan.stage,
-                    "step": step,
-                    "tokens": (step + 1) * plan.tokens_per_step,
-                    "lr": rate,
-                    "tokens_per_s": plan.tokens_per_step / (now - seconds),
-                    **values,
-                },
-            )
+            record = {
+                "stage": plan.stage,
+                "step": step,
+                "tokens": (step + 1) * plan.tokens_per_step,
+                "lr": rate,
+                "tokens_per_s": plan.tokens_per_step / (now - seconds),
+            }
+            if lead:
+                append_jsonl(metrics, record | values)
             seconds = now
             bar.advance(plan.tokens_per_step, loss=values["loss"])
-            if (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps:
-                checkpoint.save(folder, step + 1, parameters, optimizer)
+            due = (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps
+            if due and (lead or plan.spread):
+                folders.append(folders.pop(0))
+                checkpoint.save(folders[0], step + 1, parameters, optimizer)
+
+
+def _folders(plan: Plan, run: Path) -> list[Path]:
+    """Where checkpoints go, the latest first. Ranks with parameters of their own keep two each: one may be
+    killed before another has saved, and then the step that all have is the one before."""
+    if not plan.spread or parallel.world() == 1:
+        return [run / "checkpoints" / plan.stage]
+    name = f"{plan.stage}-{parallel.rank()}of{parallel.world()}"
+    folders = [run / "checkpoints" / f"{name}-{turn}" for turn in "ab"]
+    return sorted(folders, key=checkpoint.step_of, reverse=True)
+
+
+def _resume(folders: list[Path], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+    """Load the last checkpoint that every rank has, put its folder first, and return its step."""
+    step = parallel.smallest(checkpoint.step_of(folders[0]))
+    folders.sort(key=lambda folder: checkpoint.step_of(folder) != step)
+    return checkpoint.load(folders[0], parameters, optimizer) if step else 0
 
 
 def _check(value: float, plan: Plan, step: int, folder: Path) -> None:
