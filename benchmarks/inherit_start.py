@@ -31,6 +31,7 @@ from postnas.train.loop import autocast
 RESULT = Path("benchmarks/results/inherit-start.json")
 PLOT = Path("docs/inherit-start.svg")
 RUN = Path("runs/inherit-start")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WAYS = [("random", "sample"), ("plus_minus", "sample"), ("random", "blind"), ("plus_minus", "blind")]
 
 
@@ -41,7 +42,8 @@ def main() -> None:
     folder = base_folder(recipe["base"]["model"], recipe["base"]["sha256"])
     data = Data(text=[Text(**text) for text in recipe["data"]["text"]], tokens=1_200_000)
     train, heldout = prepare(data, load_tokenizer(folder), RUN / "data")
-    base = load_base(str(folder))
+    base: Any = load_base(str(folder))
+    base.to(DEVICE)
     rows = read_json(RESULT)["rows"] if RESULT.exists() else []
     for start, gate in WAYS:
         if any((row["start"], row["gate"], row["tokens"]) == (start, gate, tokens) for row in rows):
@@ -51,7 +53,7 @@ def main() -> None:
             RESULT,
             {
                 "command": "python benchmarks/inherit_start.py",
-                "device": "cpu, 2 threads, bfloat16 products",
+                "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu, 2 threads",
                 "torch": torch.__version__,
                 "date": date.today().isoformat(),
                 "rows": rows,
@@ -89,8 +91,8 @@ def measure(base: Any, train: Tokens, heldout: Tokens, start: str, gate: str, to
 def errors(base: Any, candidates: dict[str, dict[int, Any]], heldout: Tokens) -> list[float]:
     """Relative squared error of each layer's mixer on 8 held-out sequences of 256 tokens."""
     net = Supernet(base, candidates)
-    with autocast(torch.device("cpu"), torch.bfloat16):
-        h, step = net.embed(heldout.sequences(8, 256))
+    with autocast(DEVICE, torch.bfloat16):
+        h, step = net.embed(heldout.sequences(8, 256).to(DEVICE))
         return [float(relative_error(candidates["jet"][layer](x, step)[0], y)) for layer, x, y in net.walk(h, step)]
 
 

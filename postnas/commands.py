@@ -126,6 +126,8 @@ def convert(model: str, placement: Path, out: Path, start: str = "random", dtype
     names, options = (found.get("placement"), found.get("blocks")) if isinstance(found, dict) else (found, None)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"{placement}: holds no list of mixer names; give a list, or an object with `placement`")
+    if not isinstance(options or {}, dict) or not all(isinstance(one, dict) for one in (options or {}).values()):
+        raise UserError(f"{placement}: its `blocks` are not possible; give {{block: {{option: value}}}}")
     folder = base_folder(model)
     hybrid = convert_model(str(folder), names, options, start=start, dtype=_dtype(dtype))
     with replacing(out) as temporary:

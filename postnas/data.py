@@ -40,7 +40,7 @@ class Tokens:
 
     def __init__(self, path: Path, dtype: str, end: int) -> None:
         self.path, self.end = path, end
-        self.ids = np.memmap(path, dtype=dtype, mode="r")
+        self.ids: Any = np.memmap(path, dtype=dtype, mode="r")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -115,8 +115,8 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: holds no tokenizer ({str(error).splitlines()[0]}); add tokenizer.json") from error
+    except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
+        raise UserError(f"{folder}: holds no tokenizer that can be read ({error}); add its tokenizer.json") from error
 
 
 def held_out(document: str, share: float) -> bool:

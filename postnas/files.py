@@ -71,8 +71,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented JSON. Raises ValueError on NaN or infinity, which JSON has not."""
-    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+    """Write `value` as indented JSON. Raises UserError on NaN or infinity: a model whose weights are not sound."""
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: a result is not finite ({error}); lower the learning rates, or mend the base"
+        ) from error
+    write_text(path, text + "\n")
 
 
 def read_json(path: str | Path) -> Any:

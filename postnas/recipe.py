@@ -62,6 +62,9 @@ class Text:
     field: str = "text"
     """The column or key that holds the text, where the format has any."""
 
+    def __post_init__(self) -> None:
+        _need(bool(self.source), "data.text.source", self.source, "name a file, hf:NAME or package:NAME==VERSION/PATH")
+
 
 @dataclass(frozen=True)
 class Data:
@@ -132,7 +135,7 @@ class Place:
         _need(self.budget >= 0, "place.budget", self.budget, "give 0 or more layers")
         for name, weight in self.objective.items():
             _need(name in OBJECTIVES, "place.objective", name, f"choose from {', '.join(OBJECTIVES)}")
-            _need(weight >= 0, f"place.objective.{name}", weight, "give a weight of 0 or more")
+            _need(0 <= weight < float("inf"), f"place.objective.{name}", weight, "give a weight of 0 or more")
         _need(
             sum(self.objective.values()) > 0, "place.objective", self.objective, "give one objective a weight above 0"
         )
@@ -235,9 +238,9 @@ class Recipe:
     data: Data
     """The text."""
     align: Align = field(default_factory=Align)
-    """Stage 0."""
+    """Stage 0: candidates learn to stand in for the attention of their layer."""
     place: Place = field(default_factory=Place)
-    """PostNAS 1."""
+    """PostNAS 1: which layers keep full attention."""
     train: Train = field(default_factory=Train)
     """Stage 1 of the distillation: mixers only."""
     stage2: Stage2 = field(default_factory=Stage2)

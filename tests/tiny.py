@@ -10,8 +10,10 @@ from typing import Any
 import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from postnas.blocks import BLOCKS
 from postnas.models.config import HybridConfig
 from postnas.models.model import HybridForCausalLM
 
@@ -138,7 +140,8 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
 
 
 MIXED = ["jet", "attn", "gated_deltanet", "swa", "jet"]
-"""A placement with all four blocks, where linear layers stand before, between and after attention."""
+MIXED += sorted(set(BLOCKS) - set(MIXED))
+"""A placement with every block, where linear layers stand before, between and after attention."""
 PAD = 3
 """A pad id whose embedding is as large as any other, so that padding that leaks shows."""
 
@@ -164,3 +167,33 @@ def make_hybrid(placement: list[str] | None = None, **fields: Any) -> HybridForC
             shift = 1.0 if "norm" in name else 0.0
             parameter.copy_(shift + wide * torch.randn(parameter.shape, generator=generator))
     return model.eval()
+
+
+def tokens(batch: int = 2, count: int = 150, seed: int = 0) -> Tensor:
+    """Token ids [batch, count] below 97."""
+    return torch.randint(0, 97, (batch, count), generator=torch.Generator().manual_seed(seed))
+
+
+def plain(model: HybridForCausalLM, ids: Tensor) -> Tensor:
+    """One piece, no padding, no cache: what every other way must give."""
+    return model(ids, use_cache=False).logits
+
+
+def in_pieces(model: HybridForCausalLM, ids: Tensor, sizes: list[int]) -> Tensor:
+    """Logits of pieces of these sizes, each going on from the cache of the one before."""
+    cache, logits = None, []
+    for piece in ids.split(sizes, dim=1):
+        output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        logits.append(output.logits)
+    return torch.cat(logits, dim=1)
+
+
+def padded(rows: list[Tensor], side: str) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as one batch with its mask."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, place], mask[index, place] = row, 1
+    return ids, mask

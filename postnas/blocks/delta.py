@@ -85,10 +85,17 @@ class DeltaMixer(nn.Module):
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self, lowest: float = 0.0, highest: float = 16.0) -> None:
-        """Start the decay: A uniform in (lowest, highest), the time step log-uniform in [1e-3, 1e-1]."""
-        rate = torch.empty_like(self.A_log, dtype=torch.float32).uniform_(lowest, highest).clamp_(min=1e-4)
-        time = torch.empty_like(self.dt_bias, dtype=torch.float32).uniform_(math.log(1e-3), math.log(1e-1)).exp()
+    def reset_parameters(
+        self, lowest: float = 0.0, highest: float = 16.0, generator: torch.Generator | None = None
+    ) -> None:
+        """Start the decay: A uniform in (lowest, highest), the time step log-uniform in [1e-3, 1e-1].
+
+        generator: on the CPU, so that the draw is the same on every device; torch's own where None.
+        """
+        device = None if generator is None else generator.device
+        rate, time = (torch.empty(self.heads, dtype=torch.float32, device=device) for _ in range(2))
+        rate.uniform_(lowest, highest, generator=generator).clamp_(min=1e-4)
+        time.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
         self.A_log.copy_(rate.log())
         self.dt_bias.copy_(time + torch.log(-torch.expm1(-time)))  # the inverse of softplus
 

@@ -42,15 +42,16 @@ def inherit(
       nearly 1 where that can be had from `sample`, and o_norm the least-squares fit to the attention's output.
 
     sample: the attention's input and output x, y [N, T, hidden] on a few thousand tokens; without it
-    gates start random and o_norm at one. seed: of everything random here.
+    gates start random and o_norm at one. seed: of everything random here; what the block itself drew when it
+    was made (a kernel generator's w1) stays.
     """
     generator = torch.Generator().manual_seed(seed)
     dims = attention.dims
     group = dims.heads // dims.kv_heads
-    q, k, v = (
-        _head_rows(p)
-        for p in ((attention.q_proj, dims.heads), (attention.k_proj, dims.kv_heads), (attention.v_proj, dims.kv_heads))
-    )
+    biased = mixer.q_proj.bias is not None
+    q = _head_rows(attention.q_proj, dims.heads, biased)
+    k = _head_rows(attention.k_proj, dims.kv_heads, biased)
+    v = _head_rows(attention.v_proj, dims.kv_heads, biased)
     if dims.qk_norm:
         q, k = q * attention.q_norm.weight.float()[:, None], k * attention.k_norm.weight.float()[:, None]
     o = attention.o_proj.weight.float().unflatten(1, (dims.heads, dims.head_dim))  # [hidden, heads, head_dim]
@@ -83,11 +84,11 @@ def start_module(module: nn.Module) -> None:
         reset()
 
 
-def _head_rows(source: tuple[nn.Linear, int]) -> Tensor:
-    """[heads, head_dim, hidden + 1] in float32; the last column is the bias, zero where there is none."""
-    projection, heads = source
+def _head_rows(projection: nn.Linear, heads: int, biased: bool) -> Tensor:
+    """[heads, head_dim, hidden + 1] in float32; the last column is the bias, zero where there is or will be none."""
     weight = projection.weight.float()
-    bias = weight.new_zeros(weight.shape[0]) if projection.bias is None else projection.bias.float()
+    kept = biased and projection.bias is not None
+    bias = projection.bias.float() if kept else weight.new_zeros(weight.shape[0])
     return torch.cat([weight, bias[:, None]], dim=1).unflatten(0, (heads, -1))
 
 
@@ -146,7 +147,7 @@ def _start_gates(
     gate = gate.flatten(0, 1)
     for projection in (mixer.a_proj, mixer.b_proj):
         projection.weight.copy_(_normal(tuple(projection.weight.shape), 0.1 * hidden**-0.5, generator, gate))
-    mixer.reset_parameters(0.5, 8.0)
+    mixer.reset_parameters(0.5, 8.0, generator)
     if sample is not None:
         # The direction u that comes closest to u.x = 1 for every token (normed hidden states share a
         # large mean): with it the gate starts nearly open and constant instead of random.

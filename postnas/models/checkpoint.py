@@ -31,6 +31,7 @@ def base_config(name: str) -> HybridConfig:
     """The base's sizes, from its config alone. Raises UserError for an unknown architecture."""
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
+    from transformers.activations import ACT2FN
 
     path = resolve_config(name)
     values = read_json(path)
@@ -41,10 +42,13 @@ def base_config(name: str) -> HybridConfig:
         raise UserError(f"{path}: model_type {kind!r} is unknown to transformers; choose another base")
     try:
         config = AutoConfig.for_model(kind, **values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (StrictDataclassError, ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         # Whatever transformers stumbles over here stands in the user's file.
         raise UserError(f"{path}: is no configuration of {kind!r} ({error}); mend it or choose another base") from error
-    return HybridConfig(**from_base(config))
+    fields = from_base(config)
+    if fields["hidden_act"] not in ACT2FN:
+        raise UserError(f"{path}: hidden_act {fields['hidden_act']!r} is unknown to transformers; mend it")
+    return HybridConfig(**fields)
 
 
 def load_base(name: str, sha256: str | None = None, dtype: torch.dtype = torch.bfloat16) -> HybridForCausalLM:

@@ -61,7 +61,7 @@ class HybridConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
         super().__post_init__(**kwargs)
         check_placement(self.placement, self.num_hidden_layers)
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_key_value_heads: {self.num_key_value_heads} does not divide the {self.num_attention_heads} "
                 "attention heads; give a divisor"

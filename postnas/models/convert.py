@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from postnas.blocks import make_block
+from postnas.blocks import BLOCKS, make_block
 from postnas.blocks.delta import DeltaMixer
 from postnas.blocks.inherit import inherit
 from postnas.errors import UserError
@@ -14,6 +14,7 @@ from postnas.models.checkpoint import load_base
 from postnas.models.config import check_placement
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Placement, Supernet
+from postnas.recipe import STARTS
 
 
 def convert(
@@ -28,8 +29,15 @@ def convert(
 
     base: a name that `sources` resolves (hub id, folder, GGUF, package:...), or a loaded base. options:
     of the blocks, {block: {option: value}}. Untrained linear layers lose much: align them, then distil.
-    Raises UserError for a placement of the wrong length, unknown blocks, or sizes that cannot be.
+    start: `random` or `plus_minus`, as in `inherit`. seed: of everything random; torch's own generator goes on as
+    if nothing had been drawn. Raises UserError for a placement of the wrong length, unknown blocks, or sizes that
+    cannot be.
     """
+    if start not in STARTS:
+        raise UserError(f"start: {start!r} is unknown; choose from {', '.join(STARTS)}")
+    for block in options or {}:
+        if block not in BLOCKS:
+            raise UserError(f"options.{block}: no such block; choose from {', '.join(BLOCKS)}")
     model = load_base(base, dtype=dtype) if isinstance(base, str) else base
     supernet = Supernet(model, {})
     check_placement(placement, supernet.layers)
@@ -37,7 +45,9 @@ def convert(
         if block == supernet.attention[layer]:
             continue
         attention = model.model.layers[layer].self_attn
-        mixer = make_block(block, model.config.dims(), (options or {}).get(block))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed * 1_000_003 + layer)
+            mixer = make_block(block, model.config.dims(), (options or {}).get(block))
         if isinstance(mixer, DeltaMixer):
             inherit(mixer, attention, start=start, seed=seed + layer)
         elif block == "swa":

@@ -42,11 +42,16 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
         raise UserError(f"{folder}: holds a model of type {kind!r}, not {HybridConfig.model_type!r}; {mend}")
     try:
         loaded: Any = HybridForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one line
         )
         model, found = loaded
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); write the model again") from error
-    if found["missing_keys"]:
-        raise UserError(f"{folder}: {min(found['missing_keys'])} is missing; write the model again")
+    wrong = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
+    if wrong:
+        raise UserError(f"{folder}: {wrong[0]} is missing or has a wrong shape; write the model again")
     return model.to(device).eval(), load_tokenizer(folder)

@@ -22,7 +22,6 @@ from postnas.errors import UserError
 from postnas.models.cache import HybridCache
 from postnas.models.config import HybridConfig
 
-
 SCALED_ROPE = ("linear", "llama3", "yarn")
 """Scaled kinds whose frequencies are constants. Those of `dynamic` and `longrope` change with the length, so that
 chunks, packs and rows of one batch would not agree."""
@@ -257,8 +256,17 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """The cache is our own, made by the first forward."""
+        """The cache is our own."""
         return False
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        """An empty cache where none is given: `prefill_chunk_size` wants one before the first forward."""
+        parent: Any = super()
+        parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = HybridCache(cast(HybridConfig, self.config))
 
     def forward(
         self,

@@ -99,7 +99,7 @@ def plan(
             "",
             *table(1, _stage_rows(stages, device, tokens_per_s)),
             "",
-            f"Hours at {pace}.",
+            f"Hours on one GPU at {pace}.",
             f"Sequences of {sequence:,} tokens; search is `swap` at {Place().tokens:,} tokens each for "
             f"{' and '.join(OBJECTIVES)}, {LENGTH} a sequence.",
             "Memory: base bf16; mixers float32, 16 bytes a weight that learns; activations left out.",
@@ -194,7 +194,7 @@ def size(count: float) -> str:
 
 def number(value: float) -> str:
     """Three digits that count."""
-    return f"{float(f'{value:.3g}'):,.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{float(f'{value:.3g}'):,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
 def times(value: float) -> str:

@@ -92,6 +92,8 @@ def fit(
             bar.advance(plan.tokens_per_step, loss=values["loss"])
             due = (step + 1) % plan.checkpoint_every == 0 or step + 1 == plan.steps
             if due and (lead or plan.spread):
+                finite = all(bool(p.isfinite().all()) for p in parameters.values())
+                _check(0.0 if finite else math.nan, plan, step, folders[0])  # what is kept must be good
                 folders.append(folders.pop(0))
                 checkpoint.save(folders[0], step + 1, parameters, optimizer)
 

@@ -1,0 +1,128 @@
+"""Base models of each family: our logits against those of transformers' own class, every weight random."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import PAD, in_pieces, plain, tokens
+
+from postnas.errors import UserError
+from postnas.models.checkpoint import load_base
+
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+}
+WINDOWED = {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 1}
+FAMILY_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tied": ("llama", {"tie_word_embeddings": True}),
+    "llama untied": ("llama", {"tie_word_embeddings": False}),
+    "llama one kv head": ("llama", {"num_key_value_heads": 1}),
+    "llama no groups": ("llama", {"num_key_value_heads": 6}),
+    "llama biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama head dim": ("llama", {"head_dim": 16}),
+    "llama gelu": ("llama", {"hidden_act": "gelu"}),
+    **{f"llama rope {name}": ("llama", {"rope_parameters": rope}) for name, rope in ROPES.items()},
+    "qwen2": ("qwen2", {}),
+    "qwen2 tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2 windowed": ("qwen2", WINDOWED),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3 tied, biases": ("qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
+    "qwen3 windowed": ("qwen3", {"head_dim": 8} | WINDOWED),
+}
+
+
+def family_model(family: str, fields: dict[str, Any]) -> Any:
+    """transformers' own class with every weight random, norms and biases too."""
+    from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+
+    kind = {"llama": LlamaForCausalLM, "qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM}[family]
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    model: Any = kind(kind.config_class(**settings | fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            shift = 1.0 if "norm" in name else 0.0
+            wide = 1.0 if "embed" in name else 0.15
+            parameter.copy_(shift + wide * torch.randn(parameter.shape))
+    return model.eval()
+
+
+@pytest.mark.parametrize("case", list(FAMILY_CASES))
+@torch.no_grad()
+def test_a_base_gives_the_logits_of_transformers_own_class(case: str, tmp_path: Path) -> None:
+    theirs = family_model(*FAMILY_CASES[case])
+    theirs.save_pretrained(tmp_path)
+    ours = load_base(str(tmp_path), dtype=torch.float32)
+    ids = tokens()
+    torch.testing.assert_close(plain(ours, ids), theirs(ids).logits, **CLOSE)
+    torch.testing.assert_close(in_pieces(ours, ids, [1, 7, 64, 1, 77]), theirs(ids).logits, **CLOSE)
+    padding = torch.full((2, 5), PAD)
+    mask = torch.cat([torch.zeros(2, 5, dtype=torch.int64), torch.ones_like(ids)], dim=1)
+    left = ours(torch.cat([padding, ids], dim=1), attention_mask=mask).logits[:, 5:]
+    torch.testing.assert_close(left, theirs(ids).logits, **CLOSE)
+    assert not any(parameter.requires_grad for parameter in ours.parameters())
+    if "tied" in case and "untied" not in case:
+        assert ours.lm_head.weight is ours.model.embed_tokens.weight
+
+
+@torch.no_grad()
+def test_sharded_weights_are_read_whole(tmp_path: Path) -> None:
+    theirs = family_model("qwen2", {})
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = load_base(str(tmp_path), dtype=torch.float32)
+    torch.testing.assert_close(plain(ours, tokens()), theirs(tokens()).logits, **CLOSE)
+
+
+def test_a_base_of_another_architecture_is_one_line(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=11, n_positions=8)).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="gpt2") as raised:
+        load_base(str(tmp_path))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rope_that_changes_with_the_length_is_refused(kind: str, tmp_path: Path) -> None:
+    """Its frequencies are not constants of the model, so that chunks and packs would not agree."""
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 64}
+    family_model("llama", {"rope_parameters": rope}).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=kind) as raised:
+        load_base(str(tmp_path))
+    assert "\n" not in str(raised.value)
