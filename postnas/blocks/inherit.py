@@ -37,7 +37,8 @@ def inherit(
       weight; its division by the norm is not needed, since the rule normalises q and k itself.
     - Value dim below the head dim: v and o become the leading singular directions of W_o W_v. Above:
       extra rows are small random (`random`), or the same rows and output columns with the opposite
-      sign and equal gates (`plus_minus`): SiLU(v) - SiLU(-v) = v, so values pass linearly.
+      sign and equal gates (`plus_minus`): SiLU(v) - SiLU(-v) = v, so values pass linearly; rows beyond
+      twice the head dim are small random again.
     - The convolution is the identity, the decay slow (A uniform in (0.5, 8)), the gate such that it is
       nearly 1 where that can be had from `sample`, and o_norm the least-squares fit to the attention's output.
 
@@ -116,10 +117,8 @@ def _fit_values(v: Tensor, o: Tensor, size: int, start: str, generator: torch.Ge
         return v, o.T
     extra = size - own
     if start == "plus_minus":
-        repeats = -(-extra // own)
-        signs = v.new_tensor([(-1.0) ** (1 + r) for r in range(repeats) for _ in range(own)])[:extra]
-        more_v, more_o = v.repeat(repeats, 1)[:extra], o.repeat(1, repeats)[:, :extra]
-        return torch.cat([v, signs[:, None] * more_v]), torch.cat([o, signs * more_o], dim=1)
+        v, o = torch.cat([v, -v[:extra]]), torch.cat([o, -o[:, :extra]], dim=1)
+        extra = size - v.shape[0]
     return (
         torch.cat([v, _normal((extra, v.shape[1]), EXTRA_STD, generator, v)]),
         torch.cat([o, _normal((o.shape[0], extra), EXTRA_OUT_STD, generator, o)], dim=1),
@@ -142,8 +141,9 @@ def _start_gates(
     hidden = mixer.dims.hidden
     gate = _normal((mixer.heads, mixer.value_dim, hidden), 0.5 * hidden**-0.5, generator, mixer.g_proj.weight)
     own = mixer.dims.head_dim
-    if start == "plus_minus" and mixer.value_dim > own:
-        gate = gate[:, :own].repeat(1, -(-mixer.value_dim // own), 1)[:, : mixer.value_dim]
+    if start == "plus_minus":
+        mirrored = gate[:, own : 2 * own]
+        mirrored.copy_(gate[:, : mirrored.shape[1]])
     gate = gate.flatten(0, 1)
     for projection in (mixer.a_proj, mixer.b_proj):
         projection.weight.copy_(_normal(tuple(projection.weight.shape), 0.1 * hidden**-0.5, generator, gate))

@@ -35,7 +35,8 @@ def gated_delta_rule(
     Returns o [B, T, H, V] in v's type and the state after the last token [B, H, K, V] float32.
     """
     form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
-    return form(q=q, k=k, v=v, g=g, beta=beta, state=state, segments=segments)
+    with torch.autocast(q.device.type, enabled=False):  # which would round the products to bfloat16
+        return form(q=q, k=k, v=v, g=g, beta=beta, state=state, segments=segments)
 
 
 def _prepare(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None) -> tuple[Tensor, ...]:
