@@ -89,7 +89,9 @@ def _stage(run: Path) -> str:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Hashes of all weights, and every figure that is not a time."""
-    metrics = [{k: v for k, v in r.items() if k != "tokens_per_s"} for r in read_jsonl(run / "metrics.jsonl")]
+    metrics = [
+        {k: v for k, v in r.items() if k not in ("tokens_per_s", "seconds")} for r in read_jsonl(run / "metrics.jsonl")
+    ]
     return {
         "weights": {
             str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest()

@@ -135,7 +135,7 @@ def prepare(data: Data, tokenizer: Any, folder: Path) -> tuple[Tokens, Tokens]:
         raise UserError("base.model: its tokenizer has no end-of-text token; choose another base")
     dtype = "uint16" if len(tokenizer) <= 2**16 else "uint32"
     meta = folder / "tokens.json"
-    if not meta.exists():
+    if not all(path.exists() for path in (meta, folder / "train.bin", folder / "heldout.bin")):
         counts = _tokenise(data, tokenizer, folder, dtype, end)
         write_json(meta, counts | {"dtype": dtype, "end": end})
     stored = read_json(meta)

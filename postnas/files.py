@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -27,12 +28,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
         yield temporary
-        if temporary.is_dir():
-            _replace_folder(temporary, path)
-        else:
-            with open(temporary, "rb") as handle:
-                os.fsync(handle.fileno())
-            os.replace(temporary, path)
+        for file in temporary.rglob("*") if temporary.is_dir() else [temporary]:
+            if file.is_file():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        if temporary.is_dir() and path.exists():
+            # A folder cannot be renamed over a full one, so the old one steps aside first.
+            os.replace(path, temporary.with_suffix(".old"))
+        os.replace(temporary, path)
     except Exception as error:
         # safetensors and tokenizers raise types of their own for a full disk, with the system's words in the text.
         if isinstance(error, UserError) or not (isinstance(error, OSError) or "(os error " in str(error)):
@@ -48,20 +51,57 @@ def _unwritten(path: Path, error: Exception) -> UserError:
 
 
 def _sweep(path: Path) -> None:
-    """Remove what this or an earlier, killed writer of `path` has left beside it."""
-    for left in (*path.parent.glob(f".{escape(path.name)}.*.tmp"), *path.parent.glob(f".{escape(path.name)}.*.old")):
+    """Remove what this or an earlier, killed writer of `path` has left beside it, not what another one writes now."""
+    recover(path)
+    for left in _left(path, "tmp") + _left(path, "old"):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:
             left.unlink(missing_ok=True)
 
 
-def _replace_folder(new: Path, place: Path) -> None:
-    """A folder cannot be renamed over a full one, so the old one steps aside first."""
-    old = place.with_name(f".{place.name}.{os.getpid()}.old")
-    if place.exists():
-        os.replace(place, old)
-    os.replace(new, place)
+def recover(path: Path) -> None:
+    """Put a folder back that a killed writer had moved aside, where its successor never came."""
+    for old in _left(path, "old"):
+        if not path.exists():
+            os.replace(old, path)
+
+
+def _left(path: Path, ending: str) -> list[Path]:
+    """Files of ours beside `path` whose writer is this process or lives no more."""
+    found = path.parent.glob(f".{escape(path.name)}.*.{ending}")
+    return [left for left in found if not _alive(left.name.split(".")[-2])]
+
+
+def _alive(pid: str) -> bool:
+    """Whether another process of this number runs on this machine."""
+    if not pid.isdigit() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold `folder` for this process. Raises UserError where another one has it, or it cannot be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise _unwritten(folder, error) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder}: another process runs in it; wait for that one, or choose another `out`"
+            ) from None
+        yield
 
 
 def write_text(path: str | Path, text: str) -> None:

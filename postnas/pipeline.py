@@ -6,22 +6,25 @@ import hashlib
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from postnas.blocks import linear_blocks, make_block
 from postnas.data import Tokens, load_tokenizer, prepare
 from postnas.errors import UserError
 from postnas.evaluate.suite import load_task
-from postnas.evaluate.verdict import evaluate
-from postnas.files import read_json, replacing, write_json, write_text
+from postnas.evaluate.verdict import check_text, evaluate
+from postnas.files import locked, read_json, read_jsonl, replacing, write_json, write_text
 from postnas.generate.throughput import measure
 from postnas.models.checkpoint import base_folder, load_base
 from postnas.models.load import load
@@ -31,10 +34,10 @@ from postnas.recipe import STAGES, Recipe, differences
 from postnas.report.card import model_card
 from postnas.report.html import write_report
 from postnas.search.placement import place
-from postnas.search.scores import Scorer
+from postnas.search.scores import Scorer, score_sequences
 from postnas.search.strategies import STRATEGIES
 from postnas.train import parallel
-from postnas.train.align import align_candidates, candidate_keys, load_candidates
+from postnas.train.align import Keys, align_candidates, candidate_keys, digest, load_candidates
 from postnas.train.distill import train_all, train_mixers
 
 
@@ -43,7 +46,6 @@ class Run:
     """One run directory and what its stages share, loaded when first asked for."""
 
     recipe: Recipe
-    supernet_: Supernet | None = field(default=None, init=False)
 
     @property
     def folder(self) -> Path:
@@ -80,16 +82,26 @@ class Run:
         return prepare(self.recipe.data, self.tokenizer, self.folder / "data")
 
     @cached_property
-    def candidate_keys(self) -> dict[str, list[dict[str, Any]]]:
-        data = hashlib.sha256(self.tokens[0].ids.tobytes()).hexdigest()
-        return candidate_keys(self.base, self.recipe.align, data, self.recipe.seed)
+    def keys(self) -> Keys:
+        """What each candidate is made from."""
+        recipe, data = self.recipe, hashlib.sha256(self.tokens[0].ids.tobytes()).hexdigest()
+        return candidate_keys(self.base, recipe.align, data, recipe.seed, self.compute, recipe.data.borders)
 
+    @cached_property
     def supernet(self) -> Supernet:
         """The base with the aligned candidates."""
-        if self.supernet_ is None:
-            candidates = load_candidates(self.base, self.recipe.align, self.folder, self.device)
-            self.supernet_ = Supernet(self.base, candidates)
-        return self.supernet_
+        return Supernet(self.base, load_candidates(self.base, self.recipe.align, self.folder, self.keys))
+
+    def scorer(self) -> Scorer:
+        """Scores placements on the held-out half that nothing else is measured on."""
+        key = digest(self.keys, self.recipe.place.tokens, self.recipe.seed)
+        return Scorer(self.supernet, self.scored_on(), self.folder / "scored.jsonl", self.compute, key)
+
+    def scored_on(self) -> dict[str, Tensor]:
+        """The sequences of each objective, from the held-out half that nothing else is measured on."""
+        place = self.recipe.place
+        objectives = [name for name, weight in place.objective.items() if weight > 0]
+        return score_sequences(self.tokens[1].half(1), place.tokens, objectives, self.recipe.seed)
 
     def placement(self) -> list[str]:
         return read_json(self.folder / "placement.json")["placement"]
@@ -105,24 +117,35 @@ def run(recipe: Recipe, only: str | None = None) -> Path:
     torch.set_num_threads(recipe.threads)
     state = Run(recipe)
     parallel.start(state.device)
-    lead = parallel.rank() == 0
-    if lead:
-        claim(recipe, only)
-    if parallel.world() > 1 and lead:
-        _ = state.tokens  # what is fetched and tokenised into shared folders is so once, by one rank
-    parallel.barrier()
+    try:
+        with locked(state.folder) if parallel.rank() == 0 else nullcontext():
+            _run(state, only)
+    finally:
+        parallel.stop()
+    return state.folder
+
+
+def _run(state: Run, only: str | None) -> None:
+    recipe, lead = state.recipe, parallel.rank() == 0
     done_file = state.folder / "stages.json"
     done: dict[str, Any] = read_json(done_file) if done_file.exists() else {}
-    for stage in _wanted(recipe, done, only):
+    wanted = _wanted(recipe, done, only)
+    if lead:
+        claim(recipe, done, only)
+        if only in AGAIN and done.pop(only, None) is not None:
+            write_json(done_file, done)  # a stage that is asked for again counts as open until it has ended
+        if "align" in wanted:
+            check_base(state)
+    parallel.barrier()  # what is fetched and tokenised into shared folders is so once, by one rank
+    for stage in wanted:
         begin = time.monotonic()
         if lead or stage in SPREAD:
             STAGE_FUNCTIONS[stage](state)
         parallel.barrier()
-        if not lead:
-            continue
-        done[stage] = {"seconds": time.monotonic() - begin, "peak_bytes": _peak_bytes()} | _tokens(recipe, stage)
-        write_json(done_file, done)
-    return state.folder
+        if lead:
+            seconds = max(time.monotonic() - begin, _logged_seconds(state.folder, stage))
+            done[stage] = {"seconds": seconds, "peak_bytes": _peak_bytes(state.device)} | _tokens(recipe, stage)
+            write_json(done_file, done)
 
 
 def _wanted(recipe: Recipe, done: dict[str, Any], only: str | None) -> list[str]:
@@ -147,13 +170,43 @@ def check(recipe: Recipe) -> None:
         load_task(task)
 
 
-def claim(recipe: Recipe, only: str | None = None) -> None:
-    """Write the resolved recipe, or refuse where the directory holds the run of another one.
+def check_base(state: Run) -> None:
+    """What about a recipe does not fit its base or its text, told before an hour of training. Raises UserError."""
+    recipe, config = state.recipe, state.base.config
+    layers, heldout = config.num_hidden_layers, state.tokens[1].half(0).stream()
+    if "place" in recipe.stages and recipe.place.budget > layers:
+        raise UserError(f"place.budget: {recipe.place.budget} is more than the base's {layers} layers; give fewer")
+    with torch.device("meta"):
+        for block in recipe.align.blocks:
+            make_block(block, config.dims(), recipe.align.options.get(block))
+    state.tokens[0].batch(0, recipe.align.batch, recipe.align.length, recipe.seed)
+    for train in (recipe.train, recipe.stage2):
+        if train.tokens and "train" in recipe.stages:
+            state.tokens[0].batch(0, train.batch, train.length, recipe.seed, world=parallel.world())
+    if "place" in recipe.stages:
+        state.scored_on()
+    if "evaluate" in recipe.stages:
+        settings = recipe.evaluate
+        check_text(
+            heldout,
+            settings.perplexity_tokens,
+            settings.length,
+            settings.copy_passages,
+            settings.copy_tokens,
+            settings.copy_filler,
+            recipe.seed,
+        )
 
-    Until training has begun, `place` by itself may be asked again with other settings.
+
+def claim(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> None:
+    """Write the resolved recipe, or refuse where the directory holds a run of another one.
+
+    Only what has been used already must stay as it was: the base and the text once they are tokenised, a stage's
+    own section once it has begun. `place`, `evaluate` and `bench` may be asked again by themselves with other
+    settings, `place` until training has begun.
     """
-    path = Path(recipe.out) / "recipe.yaml"
-    trained = (path.parent / "checkpoints" / "train").exists() or (path.parent / "model").exists()
+    folder = Path(recipe.out)
+    path = folder / "recipe.yaml"
     resolved = yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
     if path.exists():
         try:
@@ -162,91 +215,64 @@ def claim(recipe: Recipe, only: str | None = None) -> None:
             stored = None
         if not isinstance(stored, dict):
             raise UserError(f"{path}: is no recipe; choose another `out`, or remove the file")
+        fixed = _fixed(folder, done, only)
         changed = differences(stored, resolved)
-        if only == "place" and not trained:
-            changed = [field for field in changed if not field.startswith("place.")]
-        if changed:
-            raise UserError(
-                f"{path}: holds a run of another recipe ({changed[0]}); choose another `out`, or remove the folder"
-            )
-        if stored == resolved:
+        for field in changed:
+            if field.split(".")[0].split(" ")[0] in fixed:
+                raise UserError(
+                    f"{path}: holds a run of another recipe ({field}); choose another `out`, or remove the folder"
+                )
+        if any(field.startswith("evaluate.") for field in changed):
+            (folder / "eval.partial.json").unlink(missing_ok=True)
+        if not changed:
             return
     write_text(path, yaml.safe_dump(resolved, sort_keys=False))
 
 
+def _fixed(folder: Path, done: dict[str, Any], only: str | None) -> set[str]:
+    """The recipe's sections that what is in the directory was made by."""
+    checkpoints = [path.name for path in (folder / "checkpoints").glob("*")]
+    fixed: set[str] = set()
+    if (folder / "data" / "tokens.json").exists():
+        fixed |= {"base", "data", "seed"}
+    if (folder / "candidates").exists() or any(name.startswith("align") for name in checkpoints):
+        fixed |= {"align", "compute", "device", "threads"}
+    if "train" in done or {"train", "stage2"} & set(checkpoints):
+        fixed |= {"place", "train", "stage2"}
+    return fixed | (AGAIN & set(done) - {only})
+
+
 def _align(state: Run) -> None:
-    recipe, config = state.recipe, state.base.config
-    # What does not fit the base is told now, not after an hour of tokenising and training.
-    layers = config.num_hidden_layers
-    if "place" in recipe.stages and recipe.place.budget > layers:
-        raise UserError(f"place.budget: {recipe.place.budget} is more than the base's {layers} layers; give fewer")
-    with torch.device("meta"):
-        for block in recipe.align.blocks:
-            make_block(block, config.dims(), recipe.align.options.get(block))
+    recipe, borders = state.recipe, state.recipe.data.borders
     align_candidates(
-        state.base,
-        recipe.align,
-        state.tokens[0],
-        state.folder,
-        state.candidate_keys,
-        recipe.seed,
-        state.compute,
-        recipe.data.borders,
+        state.base, recipe.align, state.tokens[0], state.folder, state.keys, recipe.seed, state.compute, borders
     )
 
 
 def _place(state: Run) -> None:
-    recipe, supernet = state.recipe, state.supernet()
-    objectives = sorted(recipe.place.objective)
-    scorer = Scorer(
-        supernet,
-        state.tokens[1].half(1),
-        recipe.place.tokens,
-        objectives,
-        recipe.seed,
-        state.folder / "scored.jsonl",
-        state.compute,
-    )
-    scores, found = place(scorer, supernet.attention, recipe.place, recipe.seed)
+    recipe, supernet = state.recipe, state.supernet
+    scores, found = place(state.scorer(), supernet.attention, recipe.place, recipe.seed)
     write_json(state.folder / "scores.json", scores)
     write_json(state.folder / "placement.json", found)
 
 
 def _train(state: Run) -> None:
-    recipe, supernet, placement = state.recipe, state.supernet(), state.placement()
-    low = getattr(torch, recipe.base.dtype)
+    recipe, supernet, placement = state.recipe, state.supernet, state.placement()
+    low, borders = getattr(torch, recipe.base.dtype), recipe.data.borders
+    tokens, key = state.tokens[0], digest(state.keys, placement, asdict(recipe.train))
     if recipe.train.tokens:
-        train_mixers(
-            supernet,
-            placement,
-            recipe.train,
-            state.tokens[0],
-            state.folder,
-            recipe.seed,
-            state.compute,
-            recipe.data.borders,
-        )
+        train_mixers(supernet, placement, recipe.train, tokens, state.folder, recipe.seed, state.compute, key, borders)
     if recipe.stage2.tokens:
-        built: Any = supernet.build(placement, torch.float32)
-        student = built.to(state.device)
-        train_all(
-            student,
-            state.base,
-            recipe.stage2,
-            state.tokens[0],
-            state.folder,
-            recipe.seed,
-            state.compute,
-            recipe.data.borders,
-        )
+        student: Any = supernet.build(placement, torch.float32)
+        key = digest(key, asdict(recipe.stage2))
+        train_all(student, state.base, recipe.stage2, tokens, state.folder, recipe.seed, state.compute, key, borders)
         hybrid: Any = student.to(low)
     else:
         hybrid = supernet.build(placement, low)
-    if parallel.rank() > 0:
-        return
-    with replacing(state.folder / "model") as temporary:
-        hybrid.save_pretrained(temporary)
-        state.tokenizer.save_pretrained(temporary)
+    if parallel.rank() == 0:
+        with replacing(state.folder / "model") as temporary:
+            hybrid.save_pretrained(temporary)
+            state.tokenizer.save_pretrained(temporary)
 
 
 def _evaluate(state: Run) -> None:
@@ -281,10 +307,9 @@ def _bench(state: Run) -> None:
         for name, model in (("base", state.base), ("hybrid", hybrid))
         for row in measure(model, context, settings.batch, settings.decode_tokens, seed=recipe.seed)
     ]
-    name = torch.cuda.get_device_name() if state.device.type == "cuda" else platform.processor() or platform.machine()
     write_json(
         state.folder / "bench.json",
-        {"device": name, "torch": torch.__version__, "threads": recipe.threads, "rows": rows},
+        {"device": _device_name(state.device), "torch": torch.__version__, "threads": recipe.threads, "rows": rows},
     )
 
 
@@ -302,6 +327,9 @@ STAGE_FUNCTIONS: dict[str, Callable[[Run], None]] = {
     "bench": _bench,
     "report": _report,
 }
+
+AGAIN = {"place", "evaluate", "bench"}
+"""The stages that may be asked again, by themselves, with other settings."""
 
 SPREAD = ("align", "train")
 """The stages that several ranks share; the others run on rank 0."""
@@ -322,8 +350,25 @@ def _tokens(recipe: Recipe, stage: str) -> dict[str, int]:
     return {"tokens": trained[stage]} if stage in trained else {}
 
 
-def _peak_bytes() -> int:
+def _logged_seconds(run: Path, stage: str) -> float:
+    """Seconds of a training stage's steps by its own log, which a stopped run's go on to count in."""
+    stages = {"align": ("align",), "train": ("train", "stage2")}.get(stage, ())
+    records = [r for r in read_jsonl(run / "metrics.jsonl") if r["stage"] in stages] if stages else []
+    return sum(r["seconds"] for r in records)
+
+
+def _peak_bytes(device: torch.device) -> int:
     """The process's largest resident size so far; on CUDA, the allocator's."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from postnas.errors import UserError
@@ -267,6 +266,8 @@ class Recipe:
             _need(stage in STAGES, "stages", stage, f"choose from {', '.join(STAGES)}")
         _need(self.compute in DTYPES, "compute", self.compute, f"choose one of {', '.join(DTYPES)}")
         _need(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
+        low = self.compute == "float32" and self.base.dtype == "bfloat16"
+        _need(not low, "compute", self.compute, "with base.dtype bfloat16; set base.dtype to float32 too")
         _need(self.place.block in self.align.blocks, "place.block", self.place.block, "add it to align.blocks")
         _need(0 <= self.seed < 2**32, "seed", self.seed, "give a number from 0 to 4294967295")
         _need(0 < self.threads <= 1024, "threads", self.threads, "give a number from 1 to 1024")
@@ -286,7 +287,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif left != right:
             found.append(f"{prefix}{name} was {left!r} and is {right!r}")
     return found
-
-
-def run_directory(recipe: Recipe) -> Path:
-    return Path(recipe.out)

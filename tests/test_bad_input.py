@@ -51,10 +51,10 @@ def out_is_a_file(place: Place) -> list[str]:
     return ["run", place.recipe()]
 
 
-@mistake("recipe.yaml", "another recipe", "train.tokens was 512 and is 1024", "choose another `out`")
+@mistake("recipe.yaml", "another recipe", "align.tokens was 512 and is 1024", "choose another `out`")
 def run_of_another_recipe(place: Place) -> list[str]:
-    assert main(["run", place.recipe(stages=[])]) == 0
-    return ["run", place.recipe(stages=[], train={"tokens": 1024})]
+    assert main(["run", place.recipe(stages=["align"])]) == 0
+    return ["run", place.recipe(stages=["align"], align={"tokens": 1024})]
 
 
 @mistake("00.safetensors", "candidate of another base", "remove")
@@ -96,7 +96,7 @@ def base_with_infinite_weights(place: Place) -> list[str]:
     return ["run", place.recipe()]
 
 
-@mistake("scores.json", "not finite", "lower the learning rates")
+@mistake("a placement scores", "nan", "lower align.lr")
 def results_that_are_not_finite(place: Place) -> list[str]:
     return ["run", place.recipe(align={"lr": 1e30, "tokens": 128})]
 

@@ -137,7 +137,7 @@ def test_a_conversion_that_cannot_be_is_one_line(
 
 def test_a_windowed_layer_cannot_become_full_attention() -> None:
     base = make_hybrid(["swa", "attn"])
-    with pytest.raises(UserError, match=r"placement\[0\].*window") as raised:
+    with pytest.raises(UserError, match=r"placement\[0\].*the base's 'swa'") as raised:
         convert(base, ["attn", "attn"])
     assert "\n" not in str(raised.value)
     assert convert(base, ["swa", "jet"]).config.blocks["swa"] == {"window_size": 9}

@@ -11,7 +11,7 @@ from tiny import make_hybrid, padded, plain, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from postnas.models.load import register
+from postnas.models.load import register_config, register_model
 from postnas.models.model import HybridForCausalLM
 
 
@@ -70,7 +70,8 @@ ROPE = {
 
 @pytest.mark.parametrize("fields", [{"tie_word_embeddings": True}, {}, {"rope_parameters": ROPE}])
 def test_save_and_load_keep_every_bit(fields: dict[str, Any], tmp_path: Path) -> None:
-    register()
+    register_config()
+    register_model()
     model = make_hybrid(**fields)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True)

@@ -136,9 +136,7 @@ def evaluate(
     as UserError: an unknown task, too little held-out text.
     """
     known = {name: suite.load_task(name) for name in tasks}
-    sequences = _sequences(heldout, perplexity_tokens, length)
-    if copy_passages:
-        copy_batch(heldout, copy_passages, copy_tokens, copy_filler, seed)
+    sequences = check_text(heldout, perplexity_tokens, length, copy_passages, copy_tokens, copy_filler, seed)
     chances = {name: task.chance for name, task in known.items() if task.chance is not None}
     names = ["perplexity", *(["copy"] if copy_passages else []), *known]
     kept = done["outputs"] if done else {}
@@ -159,6 +157,18 @@ def evaluate(
             if save:
                 save(_result(names, outputs, chances, seed))
     return _result(names, outputs, chances, seed)
+
+
+def check_text(
+    heldout: Tensor, perplexity_tokens: int, length: int, passages: int, copy_tokens: int, filler: int, seed: int
+) -> Tensor:
+    """The sequences that perplexity is measured on, [count, length].
+
+    Raises UserError where there is too little held-out text for them or for the copy test.
+    """
+    if passages:
+        copy_batch(heldout, passages, copy_tokens, filler, seed)
+    return _sequences(heldout, perplexity_tokens, length)
 
 
 def _sequences(heldout: Tensor, tokens: int, length: int) -> Tensor:

@@ -22,6 +22,7 @@ def measure(
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (batch, context), generator=generator).to(device)
     cache = None
+    model(tokens[:, :chunk], use_cache=True, logits_to_keep=1)  # the first call of a shape pays for its set-up
     begin = _now(device)
     for start in range(0, context, chunk):
         output = model(tokens[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -80,9 +80,16 @@ def model_from_weights(config: HybridConfig, weights: dict[str, Tensor], dtype: 
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors files. Raises UserError for a cut-off file."""
+    """All tensors of a model folder: of the files that its index names, else of model.safetensors, else of the
+    only file there is. Raises UserError for a cut-off file, or where it is not clear which files are meant."""
     weights: dict[str, Tensor] = {}
-    files = sorted(folder.glob("*.safetensors"))
+    index, files = folder / "model.safetensors.index.json", sorted(folder.glob("*.safetensors"))
+    if index.exists():
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    elif folder / "model.safetensors" in files:
+        files = [folder / "model.safetensors"]
+    elif len(files) > 1:
+        raise UserError(f"{folder}: holds {len(files)} safetensors and no index; keep one, or add {index.name}")
     if not files:
         raise UserError(f"{folder}: holds no safetensors; give a folder with *.safetensors")
     for path in files:

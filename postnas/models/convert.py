@@ -40,6 +40,10 @@ def convert(
             raise UserError(f"options.{block}: no such block; choose from {', '.join(BLOCKS)}")
     model = load_base(base, dtype=dtype) if isinstance(base, str) else base
     supernet = Supernet(model, {})
+    held = dict(model.config.blocks or {})
+    wanted = held | (options or {})
+    if "swa" in held and wanted["swa"] != held["swa"]:
+        raise UserError(f"options.swa: {wanted['swa']} is not the base's own window {held['swa']}; leave it out")
     check_placement(placement, supernet.layers)
     for layer, block in enumerate(placement):
         if block == supernet.attention[layer]:
@@ -47,12 +51,15 @@ def convert(
         attention = model.model.layers[layer].self_attn
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + layer)
-            mixer = make_block(block, model.config.dims(), (options or {}).get(block))
+            mixer = make_block(block, model.config.dims(), wanted.get(block))
         if isinstance(mixer, DeltaMixer):
             inherit(mixer, attention, start=start, seed=seed + layer)
         elif block == "swa":
             mixer.load_state_dict(attention.state_dict())
         else:
-            raise UserError(f"placement[{layer}]: the base has a window here and cannot become {block!r}; keep 'swa'")
+            raise UserError(
+                f"placement[{layer}]: {block!r} cannot start from the base's {supernet.attention[layer]!r}; "
+                f"choose {supernet.attention[layer]!r} or a linear block"
+            )
         supernet.candidates.setdefault(block, {})[layer] = mixer
     return supernet.build(placement, dtype)

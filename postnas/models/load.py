@@ -13,14 +13,22 @@ from postnas.errors import UserError
 from postnas.files import read_json
 
 
-def register() -> None:
-    """Make AutoConfig and AutoModelForCausalLM know the model type `postnas`."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def register_config() -> None:
+    """Make AutoConfig know the model type `postnas`."""
+    from transformers import AutoConfig
+
+    from postnas.models.config import HybridConfig
+
+    AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+
+
+def register_model() -> None:
+    """Make AutoModelForCausalLM know our configuration."""
+    from transformers import AutoModelForCausalLM
 
     from postnas.models.config import HybridConfig
     from postnas.models.model import HybridForCausalLM
 
-    AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
     AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
 
 

@@ -140,6 +140,7 @@ class HybridModel(HybridPreTrainedModel):
         past_key_values: HybridCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Hidden states after the last norm, [B, T, hidden].
@@ -147,7 +148,8 @@ class HybridModel(HybridPreTrainedModel):
         input_ids: [B, T] int64, or inputs_embeds [B, T, hidden]. attention_mask: [B, T] or
         [B, cached + T], 0 at padding, on any side. position_ids: [B, T]; where they do not rise by one, or
         start at 0 on a filled cache, a packed sequence begins, which sees nothing of the one before.
-        use_cache: return states.
+        use_cache: return states. output_hidden_states: return the embeddings and what each layer gives, the
+        last one after the norm. Attention weights are never returned.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("input_ids: give either input_ids or inputs_embeds, not both or none")
@@ -162,12 +164,20 @@ class HybridModel(HybridPreTrainedModel):
         step, order = self.make_step(h, attention_mask, position_ids, cache)
         if order is not None:
             h = _gather(h, order)
+        back = None if order is None else order.argsort(dim=1)
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        seen = [h] if wanted else []
         for index, layer in enumerate(self.layers):
             h = layer(h, step, None if cache is None else cache.states[index])
+            if wanted:
+                seen.append(h)
         h = self.norm(h)
-        if order is not None:
-            h = _gather(h, order.argsort(dim=1))
-        return BaseModelOutputWithPast(last_hidden_state=h, past_key_values=cache)
+        seen = [*seen[:-1], h] if wanted else [h]
+        if back is not None:
+            seen = [_gather(state, back) for state in seen]
+        return BaseModelOutputWithPast(
+            last_hidden_state=seen[-1], past_key_values=cache, hidden_states=tuple(seen) if wanted else None
+        )
 
     def make_step(
         self,
@@ -278,6 +288,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, T, vocab], and with labels [B, T] (-100 ignored) the mean next-token loss.
@@ -291,6 +302,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
         )
         h = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -298,4 +310,6 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=output.past_key_values)
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )

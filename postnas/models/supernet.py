@@ -89,7 +89,8 @@ class Supernet:
                 weights[f"model.layers.{index}.self_attn.{name}"] = value
         # A hybrid of its own must not share storage with the base: training it would train the base.
         own = {name: value.detach().to(dtype, copy=True) for name, value in weights.items()}
-        return model_from_weights(HybridConfig(**fields), own, dtype)
+        hybrid: Any = model_from_weights(HybridConfig(**fields), own, dtype)
+        return hybrid.to(self.head.device)
 
     def options(self) -> dict[str, dict[str, object]]:
         """The options of every block in use, for the hybrid's config."""

@@ -6,6 +6,7 @@ strategy solves from what is there.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,33 @@ import torch
 from torch import Tensor
 
 from postnas.data import Tokens
+from postnas.errors import UserError
 from postnas.evaluate.recall import copy_batch
 from postnas.files import append_jsonl, read_jsonl, write_jsonl
 from postnas.models.supernet import Placement, Supernet
 from postnas.ops.chunked_loss import chunked_kl, chunked_nll
+from postnas.train.loop import autocast
 
 LENGTH = 256
 """Tokens of a sequence that KL is scored on."""
-COPY = (80, 96)
+COPY = (128, 192)
 """Tokens of a passage that stands twice, and tokens between."""
 
 Values = dict[str, float]
+
+
+def score_sequences(heldout: Tokens, tokens: int, objectives: list[str], seed: int) -> dict[str, Tensor]:
+    """What each objective is scored on, [count, length] int64, of about `tokens` tokens.
+
+    Raises UserError where there is too little held-out text.
+    """
+    length, filler = COPY
+    found = {}
+    if "kl" in objectives:
+        found["kl"] = heldout.sequences(max(1, tokens // LENGTH), LENGTH)
+    if "copy" in objectives:
+        found["copy"] = copy_batch(heldout.stream(), max(1, tokens // (2 * length + filler)), length, filler, seed)
+    return found
 
 
 class Scorer:
@@ -35,46 +52,36 @@ class Scorer:
     """
 
     def __init__(
-        self,
-        supernet: Supernet,
-        heldout: Tokens,
-        tokens: int,
-        objectives: list[str],
-        seed: int,
-        path: Path,
-        compute: torch.dtype,
+        self, supernet: Supernet, sequences: dict[str, Tensor], path: Path, compute: torch.dtype, key: str
     ) -> None:
-        self.supernet, self.path, self.compute = supernet, path, compute
+        """sequences: as `score_sequences` gives them. key: says what the candidates and sequences are made from;
+        scores in `path` of another key are kept and not used."""
+        self.supernet, self.path, self.compute, self.key = supernet, path, compute, key
+        self.sequences = {name: tokens.to(supernet.head.device) for name, tokens in sequences.items()}
         self.known: dict[tuple[str, ...], Values] = {}
-        self.tokens = tokens
         records = read_jsonl(path)
         if path.exists():
             write_jsonl(path, records)  # drops a line that a killed run left unfinished
         for record in records:
-            if (record["tokens"], sorted(record["values"])) == (tokens, objectives):
+            if record["key"] == key and record["values"].keys() == sequences.keys():
                 self.known[tuple(record["placement"])] = record["values"]
-        device = supernet.head.device
-        self.sequences: dict[str, Tensor] = {}
-        if "kl" in objectives:
-            self.sequences["kl"] = heldout.sequences(max(1, tokens // LENGTH), LENGTH).to(device)
-        if "copy" in objectives:
-            length, filler = COPY
-            count = max(1, tokens // (2 * length + filler))
-            self.sequences["copy"] = copy_batch(heldout.stream(), count, length, filler, seed).to(device)
         self.trunk: dict[str, list[Tensor]] = {}
 
     def __call__(self, placement: Placement) -> Values:
         """The values of a placement, from the file where they are there already."""
-        key = tuple(placement)
-        if key not in self.known:
-            self.known[key] = {name: self._measure(name, placement) for name in sorted(self.sequences)}
-            append_jsonl(self.path, {"tokens": self.tokens, "placement": placement, "values": self.known[key]})
-        return self.known[key]
+        known = tuple(placement)
+        if known not in self.known:
+            values = {name: self._measure(name, placement) for name in sorted(self.sequences)}
+            if not all(math.isfinite(value) for value in values.values()):
+                raise UserError(f"place: a placement scores {values}; the candidates are unsound, lower align.lr")
+            self.known[known] = values
+            append_jsonl(self.path, {"key": self.key, "placement": placement, "values": values})
+        return self.known[known]
 
     @torch.no_grad()
     def _measure(self, name: str, placement: Placement) -> float:
         net, tokens = self.supernet, self.sequences[name]
-        with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=self.compute == torch.bfloat16):
+        with autocast(tokens.device, self.compute):
             h, step = net.embed(tokens)
             if name not in self.trunk:
                 states = [h]

@@ -29,6 +29,8 @@ from postnas.recipe import Align
 from postnas.train import parallel
 from postnas.train.loop import Plan, autocast, fit
 
+Keys = dict[str, list[dict[str, Any]]]
+
 SAMPLE = (8, 256)
 """Sequences and their length that the start of gates and norms is fitted on."""
 
@@ -42,13 +44,16 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def candidate_keys(base: HybridForCausalLM, align: Align, data: str, seed: int) -> dict[str, list[dict[str, Any]]]:
+def candidate_keys(
+    base: HybridForCausalLM, align: Align, data: str, seed: int, compute: torch.dtype, borders: bool = False
+) -> Keys:
     """What each candidate is made from, {block: [a key a layer]}; two runs with equal keys may share files.
 
     data: a hash of the training tokens.
     """
     own = fingerprint(base)
     training = {name: getattr(align, name) for name in ("tokens", "length", "batch", "lr")}
+    training |= {"compute": str(compute), "borders": borders}
     keys = {}
     for block in align.blocks:
         with torch.device("meta"):
@@ -57,6 +62,11 @@ def candidate_keys(base: HybridForCausalLM, align: Align, data: str, seed: int) 
         shared = {"base": own, "block": block, "options": described, "start": align.start, "data": data, "seed": seed}
         keys[block] = [shared | training | {"layer": layer} for layer in range(base.config.num_hidden_layers)]
     return keys
+
+
+def digest(*values: Any) -> str:
+    """A short hash of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def candidate_path(run: Path, block: str, layer: int) -> Path:
@@ -97,35 +107,24 @@ def align_candidates(
     align: Align,
     tokens: Tokens,
     run: Path,
-    keys: dict[str, list[dict[str, Any]]],
+    keys: Keys,
     seed: int,
     compute: torch.dtype,
     borders: bool = False,
-) -> dict[str, dict[int, nn.Module]]:
-    """Candidates for every layer and block: read from run/candidates where their keys fit, else trained and written.
+) -> None:
+    """Candidates for every layer and block in run/candidates: trained and written unless their keys fit already.
 
     base: the model on its device, frozen. The loss of each candidate is its squared error as a share of
     the output's squared size, so that all layers weigh alike. On several ranks each trains every n-th
     layer. Raises UserError for a candidate of another base.
     """
-    device = base.lm_head.weight.device
-    if not all([stored_key_fits(run, key) for wanted in keys.values() for key in wanted]):
-        _align(base, align, tokens, run, keys, seed, compute, borders)
-        parallel.barrier()
-    return load_candidates(base, align, run, device)
-
-
-def _align(
-    base: HybridForCausalLM,
-    align: Align,
-    tokens: Tokens,
-    run: Path,
-    keys: dict[str, list[dict[str, Any]]],
-    seed: int,
-    compute: torch.dtype,
-    borders: bool,
-) -> None:
+    if all([stored_key_fits(run, key) for wanted in keys.values() for key in wanted]):
+        return
     device, supernet = base.lm_head.weight.device, Supernet(base, {})
+    if parallel.world() > supernet.layers:
+        raise UserError(
+            f"nproc-per-node: {parallel.world()} ranks for {supernet.layers} layers; start at most {supernet.layers}"
+        )
     layers = range(parallel.rank(), supernet.layers, parallel.world())
     candidates = new_candidates(base, align, tokens, seed, compute, layers)
     groups = [
@@ -151,7 +150,7 @@ def _align(
 
     per_step = align.batch * align.length
     steps = -(-align.tokens // per_step)
-    plan = Plan("align", steps, per_step, align.lr, checkpoint_every=align.checkpoint_every, spread=True)
+    plan = Plan("align", steps, per_step, align.lr, digest(keys), checkpoint_every=align.checkpoint_every, spread=True)
     fit(plan, groups, backward, run)
     for block, mixers in candidates.items():
         for layer, mixer in mixers.items():
@@ -183,20 +182,20 @@ def _stored_key(path: Path, base: str) -> dict[str, Any]:
     return stored
 
 
-def load_candidates(
-    base: HybridForCausalLM, align: Align, run: Path, device: torch.device
-) -> dict[str, dict[int, nn.Module]]:
-    """The candidates in run/candidates, in float32 on `device`.
+def load_candidates(base: HybridForCausalLM, align: Align, run: Path, keys: Keys) -> dict[str, dict[int, nn.Module]]:
+    """The candidates in run/candidates, in float32 on the base's device.
 
     Raises UserError for one that is missing, cut off, or aligned to another base.
     """
-    own = fingerprint(base)
-    candidates: dict[str, dict[int, nn.Module]] = {block: {} for block in align.blocks}
-    for block in align.blocks:
-        for layer in range(base.config.num_hidden_layers):
+    device = base.lm_head.weight.device
+    candidates: dict[str, dict[int, nn.Module]] = {block: {} for block in keys}
+    for block, wanted in keys.items():
+        for layer, key in enumerate(wanted):
             mixer = make_block(block, base.config.dims(), align.options.get(block))
             path = candidate_path(run, block, layer)
-            _stored_key(path, own)
+            if not path.exists():
+                raise UserError(f"{path}: is not there; align again")
+            _stored_key(path, key["base"])
             mixer.load_state_dict(read_tensors(path))
             candidates[block][layer] = mixer.to(device)
     return candidates

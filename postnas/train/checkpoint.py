@@ -10,12 +10,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from postnas.errors import UserError
-from postnas.files import read_json, replacing, write_json
+from postnas.files import read_json, recover, replacing, write_json
 from postnas.models.checkpoint import read_tensors
 
 
-def save(folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Write weights, optimizer moments, step and random states; `folder` holds the old or the new, whole."""
+def save(
+    folder: Path, key: str, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Write weights, optimizer moments, step and random states; `folder` holds the old or the new, whole.
+
+    key: says what is being trained from what; a checkpoint of another key counts as none.
+    """
     moments: dict[str, Tensor] = {}
     steps: dict[str, float] = {}
     for name, parameter in parameters.items():
@@ -32,12 +37,16 @@ def save(folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer
         temporary.mkdir(parents=True)
         save_file({name: p.detach().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors")
         save_file(moments, temporary / "optimizer.safetensors")
-        write_json(temporary / "state.json", {"step": step, "optimizer_steps": steps, "random": random})
+        write_json(temporary / "state.json", {"key": key, "step": step, "optimizer_steps": steps, "random": random})
 
 
-def step_of(folder: Path) -> int:
-    """The step that a checkpoint was taken at; 0 where there is none."""
-    return int(read_json(folder / "state.json")["step"]) if (folder / "state.json").exists() else 0
+def step_of(folder: Path, key: str) -> int:
+    """The step that a checkpoint was taken at; 0 where there is none of this key."""
+    recover(folder)
+    if not (folder / "state.json").exists():
+        return 0
+    state = read_json(folder / "state.json")
+    return int(state["step"]) if state["key"] == key else 0
 
 
 def load(folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:

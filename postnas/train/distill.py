@@ -16,10 +16,10 @@ from postnas.train import parallel
 from postnas.train.loop import Plan, autocast, fit
 
 
-def _plan(stage: str, train: Train) -> Plan:
+def _plan(stage: str, train: Train, key: str) -> Plan:
     per_step = train.batch * train.length
     steps = -(-train.tokens // per_step)
-    return Plan(stage, steps, per_step, train.lr, train.weight_decay, train.clip, train.checkpoint_every)
+    return Plan(stage, steps, per_step, train.lr, key, train.weight_decay, train.clip, train.checkpoint_every)
 
 
 def train_mixers(
@@ -30,12 +30,13 @@ def train_mixers(
     run: Path,
     seed: int,
     compute: torch.dtype,
+    key: str,
     borders: bool = False,
 ) -> None:
     """Stage 1: the placement's candidates learn by forward KL from the base; everything else is shared and frozen.
 
     Layers before the first candidate are the same for both, so they run once and carry no gradient.
-    Changes the candidates in place; resumes from run/checkpoints/train.
+    Changes the candidates in place; resumes from run/checkpoints/train where that has the same `key`.
     """
     device = supernet.head.device
     parameters = {
@@ -61,7 +62,7 @@ def train_mixers(
         loss.backward()
         return {"loss": loss.item()}
 
-    fit(_plan("train", train), [parameters], backward, run)
+    fit(_plan("train", train, key), [parameters], backward, run)
 
 
 def train_all(
@@ -72,11 +73,12 @@ def train_all(
     run: Path,
     seed: int,
     compute: torch.dtype,
+    key: str,
     borders: bool = False,
 ) -> None:
     """Stage 2: all weights of `student` (float32, its own copy) learn by forward KL from the frozen base.
 
-    Changes the student in place; resumes from run/checkpoints/stage2.
+    Changes the student in place; resumes from run/checkpoints/stage2 where that has the same `key`.
     """
     device = base.lm_head.weight.device
     student.requires_grad_(True)
@@ -94,4 +96,4 @@ def train_all(
         loss.backward()
         return {"loss": loss.item()}
 
-    fit(_plan("stage2", train), [dict(student.named_parameters())], backward, run)
+    fit(_plan("stage2", train, key), [dict(student.named_parameters())], backward, run)

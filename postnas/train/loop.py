@@ -28,6 +28,8 @@ class Plan:
     steps: int
     tokens_per_step: int
     lr: float
+    key: str
+    """Says what is trained from what: a checkpoint of another key is not gone on from."""
     weight_decay: float = 0.0
     clip: float = 1.0
     checkpoint_every: int = 50
@@ -52,10 +54,10 @@ def fit(
     """
     parameters = {name: p for group in groups for name, p in group.items()}
     optimizer = make_optimizer(list(parameters.values()), plan.lr, plan.weight_decay)
-    device = next(iter(parameters.values())).device if parameters else torch.device("cpu")
+    device = next(iter(parameters.values())).device
     lead = parallel.rank() == 0
     folders = _folders(plan, run)
-    first = _resume(folders, parameters, optimizer)
+    first = _resume(folders, plan.key, parameters, optimizer)
     metrics = run / "metrics.jsonl"
     if lead:
         _forget(metrics, plan.stage, first)
@@ -84,6 +86,7 @@ def fit(
                 "step": step,
                 "tokens": (step + 1) * plan.tokens_per_step,
                 "lr": rate,
+                "seconds": now - seconds,
                 "tokens_per_s": plan.tokens_per_step / (now - seconds),
             }
             if lead:
@@ -95,7 +98,7 @@ def fit(
                 finite = all(bool(p.isfinite().all()) for p in parameters.values())
                 _check(0.0 if finite else math.nan, plan, step, folders[0])  # what is kept must be good
                 folders.append(folders.pop(0))
-                checkpoint.save(folders[0], step + 1, parameters, optimizer)
+                checkpoint.save(folders[0], plan.key, step + 1, parameters, optimizer)
 
 
 def _folders(plan: Plan, run: Path) -> list[Path]:
@@ -105,13 +108,15 @@ def _folders(plan: Plan, run: Path) -> list[Path]:
         return [run / "checkpoints" / plan.stage]
     name = f"{plan.stage}-{parallel.rank()}of{parallel.world()}"
     folders = [run / "checkpoints" / f"{name}-{turn}" for turn in "ab"]
-    return sorted(folders, key=checkpoint.step_of, reverse=True)
+    return sorted(folders, key=lambda folder: checkpoint.step_of(folder, plan.key), reverse=True)
 
 
-def _resume(folders: list[Path], parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> int:
+def _resume(
+    folders: list[Path], key: str, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> int:
     """Load the last checkpoint that every rank has, put its folder first, and return its step."""
-    step = parallel.smallest(checkpoint.step_of(folders[0]))
-    folders.sort(key=lambda folder: checkpoint.step_of(folder) != step)
+    step = parallel.smallest(checkpoint.step_of(folders[0], key))
+    folders.sort(key=lambda folder: checkpoint.step_of(folder, key) != step)
     return checkpoint.load(folders[0], parameters, optimizer) if step else 0
 
 

@@ -1,4 +1,4 @@
-"""AdamW on float32 weights with a cosine schedule, and gradient clipping by group."""
+"""AdamW on float32 weights, and its cosine schedule."""
 
 from __future__ import annotations
 

@@ -19,8 +19,16 @@ PATIENCE = timedelta(hours=24)
 
 def start(device: torch.device) -> None:
     """Join the other ranks, where torchrun has started any."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+
+
+def stop() -> None:
+    """Leave the other ranks."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank() -> int:
