@@ -32,6 +32,10 @@ def _share(value: float, stderr: float | None) -> str:
     return percent(value) + ("" if stderr is None else f" ± {100 * stderr:.1f}")
 
 
+def _points(value: float, stderr: float | None) -> str:
+    return f"{100 * value:+.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+
+
 def _count(value: float, stderr: float | None) -> str:
     return f"{value:,.0f}"
 
@@ -44,8 +48,12 @@ METRICS: dict[str, tuple[str, Format]] = {
     "linear_layers": ("linear layers", _count),
     "perplexity": ("perplexity", _plain),
     "copy_accuracy": ("copy accuracy", _share),
-    "arc_easy": ("ARC-Easy", _share),
-    "piqa": ("PIQA", _share),
+    "copy_accuracy_difference": ("copy accuracy, points against the base", _points),
+    "arc_easy_accuracy": ("ARC-Easy, 400 rows", _share),
+    "arc_easy_accuracy_difference": ("ARC-Easy, points against the base", _points),
+    "piqa_accuracy": ("PIQA, 400 rows", _share),
+    "piqa_accuracy_difference": ("PIQA, points against the base", _points),
+    "prefill_tokens_per_s": ("prefill tokens/s", rate),
     "decode_tokens_per_s": ("decode tokens/s", rate),
     "cache_bytes": ("cache a sequence", _bytes),
     "seconds": ("seconds, all stages", _count),
@@ -57,12 +65,12 @@ METRICS: dict[str, tuple[str, Format]] = {
 def demo(result: dict[str, Any]) -> str:
     """A line a metric and a column a model, from what the rows hold; then the command that made them.
 
-    Metrics stand in the order of METRICS; those that are not in it come last, under their own names.
+    Metrics stand in the order of METRICS; others stay in the file alone.
     """
     rows = {(row["metric"], row["model"]): row for row in result["rows"]}
     models = [model for model in MODELS if any(model == found for _, found in rows)]
     lines = ["| | " + " | ".join(models) + " |", "|---|" + "---:|" * len(models)]
-    for metric in sorted({metric for metric, _ in rows}, key=_order):
+    for metric in sorted({metric for metric, _ in rows if metric.partition("@")[0] in METRICS}, key=_order):
         words, text = _words(metric)
         cells = [rows.get((metric, model)) for model in models]
         written = [ABSENT if row is None else text(row["value"], row.get("stderr")) for row in cells]
@@ -73,13 +81,12 @@ def demo(result: dict[str, Any]) -> str:
 
 def _order(metric: str) -> tuple[int, int, str]:
     name, _, context = metric.partition("@")
-    known = list(METRICS)
-    return known.index(name) if name in METRICS else len(known), int(context or 0), name
+    return list(METRICS).index(name), int(context or 0), name
 
 
 def _words(metric: str) -> tuple[str, Format]:
     name, _, context = metric.partition("@")
-    words, text = METRICS.get(name, (name.replace("_", " "), lambda value, _: f"{value:.4g}"))
+    words, text = METRICS[name]
     return words + (f" at {context_name(int(context))}" if context else ""), text
 
 

@@ -203,3 +203,17 @@ def test_the_installed_module_gives_the_exit_code() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == "postnas: command: 'runn' is unknown; did you mean run?\n"
+
+
+def test_auto_config_alone_knows_a_hybrid(tmp_path: Path) -> None:
+    """Tools that read the configuration first meet it through AutoConfig, without AutoModel."""
+    from tiny import make_hybrid
+
+    make_hybrid().save_pretrained(tmp_path)
+    code = (
+        "import sys, postnas\n"
+        "from transformers import AutoConfig\n"
+        "print(type(AutoConfig.from_pretrained(sys.argv[1])).__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.strip() == "HybridConfig", done.stderr

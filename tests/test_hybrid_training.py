@@ -81,3 +81,16 @@ def test_save_and_load_keep_every_bit(fields: dict[str, Any], tmp_path: Path) ->
     low = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True, dtype=torch.bfloat16)
     assert low.lm_head.weight.dtype == torch.bfloat16
     assert torch.equal(low.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)  # float32 still
+
+
+@torch.no_grad()
+def test_hidden_states_are_returned_in_the_callers_order() -> None:
+    model, ids = make_hybrid().eval(), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    output = model(ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    assert len(output.hidden_states) == model.config.num_hidden_layers + 1
+    alone = model(ids[:1, 7:], output_hidden_states=True, use_cache=False).hidden_states
+    for padded_state, state in zip(output.hidden_states, alone, strict=True):
+        torch.testing.assert_close(padded_state[:1, 7:], state, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
