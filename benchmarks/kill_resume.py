@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,7 +23,8 @@ import torch
 
 from postnas.files import read_json, read_jsonl, write_json
 
-DEATHS = 10
+DEATHS = ("align", "align", "place", "place", "train", "train", "train", "evaluate", "evaluate", "bench")
+"""The stage that each death waits for; it comes a random while after the stage has begun."""
 RUNS = {"unbroken": Path("runs/kill-unbroken"), "killed": Path("runs/kill-killed")}
 SMALL = {
     "align.tokens": "10240",
@@ -46,25 +48,21 @@ def command(out: Path) -> list[str]:
 
 def main() -> None:
     draw = random.Random(int(sys.argv[1]) if len(sys.argv) > 1 else 0)
-    for folder in RUNS.values():
-        shutil.rmtree(folder, ignore_errors=True)
-    begin = time.monotonic()
-    subprocess.run(command(RUNS["unbroken"]), check=True)
-    whole = time.monotonic() - begin
+    shutil.rmtree(RUNS["killed"], ignore_errors=True)
+    subprocess.run(command(RUNS["unbroken"]), check=True)  # at once, where it is there already
     rows = []
-    while len(rows) < DEATHS:
+    for target in DEATHS:
         process = subprocess.Popen(command(RUNS["killed"]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # Starting takes a few seconds, and a death is to come anywhere in the rest of the way.
-        seconds = draw.uniform(4.0, 4.0 + 2 * whole / DEATHS)
-        try:
-            process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        else:
-            break  # it reached its end before ten deaths
-        rows.append({"death": len(rows) + 1, "seconds": seconds, "stage": _stage(RUNS["killed"])})
-        print(rows[-1], flush=True)
+        begin = time.monotonic()
+        while process.poll() is None and _stage(RUNS["killed"]) != target:
+            time.sleep(0.2)
+        started = 8.0 if time.monotonic() - begin < 1.0 else 0.0  # a new process needs some seconds to get there
+        time.sleep(started + draw.uniform(0.0, 8.0))
+        process.kill()
+        if process.wait() == -signal.SIGKILL:
+            row = {"death": len(rows) + 1, "seconds": time.monotonic() - begin, "stage": _stage(RUNS["killed"])}
+            rows.append(row)
+            print(row, flush=True)
     subprocess.run(command(RUNS["killed"]), check=True)
     ends = {name: outcome(folder) for name, folder in RUNS.items()}
     equal = {part: ends["killed"][part] == ends["unbroken"][part] for part in ends["killed"]}
