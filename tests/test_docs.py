@@ -391,5 +391,5 @@ def test_render_writes_values_in_their_units() -> None:
 def test_render_shows_what_it_knows_and_signs_differences() -> None:
     rows = [row("base", "copy_nll", 0.8), row("hybrid", "piqa_accuracy_difference", -0.015, 0.012)]
     lines = render_module().demo(result(*rows)).splitlines()
-    assert "| PIQA, points against the base | -1.5 ± 1.2 |" in lines
+    assert "| PIQA, points against the base | – | -1.5 ± 1.2 |" in lines
     assert not any("0.8" in line for line in lines)
