@@ -217,10 +217,11 @@ def claim(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> None
             raise UserError(f"{path}: is no recipe; choose another `out`, or remove the file")
         fixed = _fixed(folder, done, only)
         changed = differences(stored, resolved)
-        for field in changed:
-            if field.split(".")[0].split(" ")[0] in fixed:
+        for field, values in changed.items():
+            if field.split(".")[0] in fixed:
                 raise UserError(
-                    f"{path}: holds a run of another recipe ({field}); choose another `out`, or remove the folder"
+                    f"{path}: holds a run of another recipe ({field} {values}); "
+                    "choose another `out`, or remove the folder"
                 )
         if any(field.startswith("evaluate.") for field in changed):
             (folder / "eval.partial.json").unlink(missing_ok=True)

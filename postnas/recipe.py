@@ -277,13 +277,13 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of the fields in which two resolved recipes differ, with both values."""
-    found = []
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """The fields in which two resolved recipes differ: {dotted name: both values in words}."""
+    found: dict[str, str] = {}
     for name in sorted(old.keys() | new.keys()):
         left, right = old.get(name), new.get(name)
         if isinstance(left, dict) and isinstance(right, dict):
-            found += differences(left, right, f"{prefix}{name}.")
+            found |= differences(left, right, f"{prefix}{name}.")
         elif left != right:
-            found.append(f"{prefix}{name} was {left!r} and is {right!r}")
+            found[f"{prefix}{name}"] = f"was {left!r} and is {right!r}"
     return found

@@ -9,7 +9,7 @@ from postnas.models.supernet import Placement
 from postnas.progress import Progress
 from postnas.recipe import Place
 from postnas.search.scores import Scorer, combine, swaps
-from postnas.search.strategies import STRATEGIES
+from postnas.search.strategies import STRATEGIES, with_linear
 
 
 def place(scorer: Scorer, attention: Placement, settings: Place, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -63,6 +63,5 @@ def _table(swapped: list[dict[str, Any]], attention: Placement, block: str) -> l
     for budget in range(len(attention) + 1):
         linear = {entry["layer"] for entry in order[: len(attention) - budget]}
         predicted = sum(entry["score"] for entry in swapped if entry["layer"] in linear)
-        placement = [block if layer in linear else name for layer, name in enumerate(attention)]
-        rows.append({"budget": budget, "placement": placement, "predicted": predicted})
+        rows.append({"budget": budget, "placement": with_linear(attention, block, linear), "predicted": predicted})
     return rows

@@ -19,6 +19,7 @@ from postnas.evaluate.recall import copy_batch
 from postnas.files import append_jsonl, read_jsonl, write_jsonl
 from postnas.models.supernet import Placement, Supernet
 from postnas.ops.chunked_loss import chunked_kl, chunked_nll
+from postnas.search.strategies import with_linear
 from postnas.train.loop import autocast
 
 LENGTH = 256
@@ -108,6 +109,6 @@ def swaps(scorer: Scorer, attention: Placement, block: str, weights: dict[str, f
     base = scorer(attention)
     found = []
     for layer in range(len(attention)):
-        values = scorer([block if i == layer else name for i, name in enumerate(attention)])
+        values = scorer(with_linear(attention, block, {layer}))
         found.append({"layer": layer, "block": block, **values, "score": combine(values, base, weights)})
     return found
