@@ -93,13 +93,13 @@ def test_chunked_nll_equals_cross_entropy_on_full_logits(
 def test_losses_never_hold_the_logits_of_all_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every product with the head stays under a chunk of rows."""
     rows: list[int] = []
-    capped = chunked_loss._capped
+    capped = chunked_loss.capped
 
     def watched(logits: Tensor, softcap: float | None) -> Tensor:
         rows.append(logits.shape[0])
         return capped(logits, softcap)
 
-    monkeypatch.setattr(chunked_loss, "_capped", watched)
+    monkeypatch.setattr(chunked_loss, "capped", watched)
     student, weight, teacher, teacher_weight = heads_and_hidden(1000, torch.float32)
     chunked_kl(student, weight, teacher, teacher_weight).backward()
     chunked_nll(student, weight, torch.zeros(1000, dtype=torch.int64))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from postnas.blocks.dims import Dims
 from postnas.blocks.norm import RMSNorm
 from postnas.blocks.state import KVState
-from postnas.blocks.step import Step
+from postnas.blocks.step import Keys, Step
 from postnas.errors import UserError
 
 
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dims.hidden, kv_heads * size, bias=dims.qkv_bias)
         self.o_proj = nn.Linear(heads * size, dims.hidden, bias=dims.out_bias)
         if dims.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(size, dims.eps), RMSNorm(size, dims.eps)
+            self.q_norm, self.k_norm = (RMSNorm(size, dims.eps, dims.norm_offset) for _ in range(2))
 
     def forward(self, x: Tensor, step: Step, state: KVState | None = None) -> tuple[Tensor, KVState | None]:
         """x: [B, T, hidden] -> y of the same shape; `state` is appended to in place."""
@@ -69,11 +69,27 @@ class Attention(nn.Module):
         keys = step.keys(self.window)
         if state is not None:
             k, v = state.append(k, v, keys.keep)
-        grouped = dims.kv_heads != dims.heads
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=dims.scale, enable_gqa=grouped
-        )
+        if dims.softcap is None:
+            grouped = dims.kv_heads != dims.heads
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=dims.scale, enable_gqa=grouped
+            )
+        else:
+            y = self._capped(q, k, v, keys)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state
+
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
+        """Attention with a cap on its scores, which scaled_dot_product_attention does not have; softmax in float32."""
+        dims = self.dims
+        k, v = (x.repeat_interleave(dims.heads // dims.kv_heads, dim=1) for x in (k, v))
+        scale = dims.head_dim**-0.5 if dims.scale is None else dims.scale
+        scores = dims.softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / dims.softcap)
+        mask = keys.mask
+        if keys.causal:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+        if mask is not None:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        return scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
 
     def state_bytes(self, context: int, dtype: torch.dtype) -> int:
         """Bytes of the KV cache of one sequence of `context` tokens."""

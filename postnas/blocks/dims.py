@@ -19,3 +19,7 @@ class Dims:
     eps: float = 1e-6
     scale: float | None = None
     """Factor on attention's scores; head_dim ** -0.5 where None."""
+    softcap: float | None = None
+    """Attention's scores s become softcap * tanh(s / softcap); left as they are where None."""
+    norm_offset: float = 0.0
+    """Added to the weights of the q/k norms: 1 in Gemma."""

@@ -54,7 +54,7 @@ def inherit(
     k = _head_rows(attention.k_proj, dims.kv_heads, biased)
     v = _head_rows(attention.v_proj, dims.kv_heads, biased)
     if dims.qk_norm:
-        q, k = q * attention.q_norm.weight.float()[:, None], k * attention.k_norm.weight.float()[:, None]
+        q, k = q * attention.q_norm.scale[:, None], k * attention.k_norm.scale[:, None]
     o = attention.o_proj.weight.float().unflatten(1, (dims.heads, dims.head_dim))  # [hidden, heads, head_dim]
     rows: dict[str, list[Tensor]] = {"q": [], "k": [], "v": [], "o": []}
     for index in range(mixer.heads):

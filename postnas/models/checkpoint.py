@@ -14,7 +14,7 @@ from postnas.errors import UserError
 from postnas.files import read_json, replacing
 from postnas.models.config import HybridConfig
 from postnas.models.families import from_base
-from postnas.models.model import HybridForCausalLM, RotaryEmbedding
+from postnas.models.model import HybridForCausalLM
 from postnas.sources import cache_dir, file_sha256, resolve_config, resolve_model
 
 
@@ -74,7 +74,7 @@ def model_from_weights(config: HybridConfig, weights: dict[str, Tensor], dtype: 
     if tied:
         weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
     model.load_state_dict({name: value.to(dtype) for name, value in weights.items()}, assign=True)
-    model.model.rotary_emb = RotaryEmbedding(config)
+    model.model.make_rope()
     model.tie_weights()
     return model.eval()
 

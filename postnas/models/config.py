@@ -16,8 +16,12 @@ class HybridConfig(PreTrainedConfig):
 
     placement: one mixer name a layer (`attn`, `swa`, `jet`, `gated_deltanet`); all `attn` where None.
     blocks: options of the mixers, {block: {option: value}}.
-    The other fields have the meaning they have in transformers' LlamaConfig; qkv_bias, out_bias and
-    qk_norm say what attention has in the base.
+    swa_rope_parameters: RoPE of the `swa` layers; that of all layers, `rope_parameters`, where None.
+    attn_scale: factor on attention's scores; head_dim ** -0.5 where None.
+    norm_offset: added to the stored weights of the norms. sandwich_norm: a norm also after the mixer and after
+    the MLP. embed_scale: factor on the embeddings.
+    The other fields have the meaning they have in transformers' LlamaConfig and Gemma3TextConfig; qkv_bias,
+    out_bias and qk_norm say what attention has in the base.
     """
 
     model_type = "postnas"
@@ -37,10 +41,17 @@ class HybridConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False
     rope_parameters: dict[str, Any] | None = None
+    swa_rope_parameters: dict[str, Any] | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    attn_scale: float | None = None
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    norm_offset: float = 0.0
+    sandwich_norm: bool = False
+    embed_scale: float = 1.0
     family: str = "llama"
     placement: list[str] | None = None
     blocks: dict[str, Any] | None = None
@@ -79,6 +90,9 @@ class HybridConfig(PreTrainedConfig):
             out_bias=self.out_bias,
             qk_norm=self.qk_norm,
             eps=self.rms_norm_eps,
+            scale=self.attn_scale,
+            softcap=self.attn_logit_softcapping,
+            norm_offset=self.norm_offset,
         )
 
 

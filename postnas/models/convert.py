@@ -54,7 +54,7 @@ def convert(
             mixer = make_block(block, model.config.dims(), wanted.get(block))
         if isinstance(mixer, DeltaMixer):
             inherit(mixer, attention, start=start, seed=seed + layer)
-        elif block == "swa":
+        elif block == "swa" and model.config.swa_rope_parameters is None:
             mixer.load_state_dict(attention.state_dict())
         else:
             raise UserError(

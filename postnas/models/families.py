@@ -16,12 +16,32 @@ class Family:
     out_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    activation: str = "hidden_act"
+    """The field that names the MLP's activation."""
+    attn_scalar: str | None = None
+    """The field whose -1/2 power is the factor on attention's scores; it is the head dim where None."""
+    norm_offset: float = 0.0
+    """Added to the stored weights of the norms."""
+    sandwich_norm: bool = False
+    """Norms after the mixer and after the MLP, too."""
+    scaled_embedding: bool = False
+    """Embeddings times the root of the hidden size."""
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(qkv_bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias"),
     "qwen2": Family(qkv_bias=True),
     "qwen3": Family(qkv_bias="attention_bias", out_bias="attention_bias", qk_norm=True),
+    "gemma3_text": Family(
+        qkv_bias="attention_bias",
+        out_bias="attention_bias",
+        qk_norm=True,
+        activation="hidden_activation",
+        attn_scalar="query_pre_attn_scalar",
+        norm_offset=1.0,
+        sandwich_norm=True,
+        scaled_embedding=True,
+    ),
 }
 """By the `model_type` of the base's config."""
 
@@ -32,43 +52,63 @@ SAME = (
     "num_hidden_layers",
     "num_attention_heads",
     "num_key_value_heads",
-    "hidden_act",
     "max_position_embeddings",
     "initializer_range",
     "rms_norm_eps",
     "tie_word_embeddings",
-    "rope_parameters",
     "pad_token_id",
     "bos_token_id",
     "eos_token_id",
 )
 """Fields that mean the same in every family's config and in ours."""
 
+WHERE_SET = ("head_dim", "attn_logit_softcapping", "final_logit_softcapping")
+"""Fields that mean the same, in the configs that have them."""
+
 
 def from_base(config: Any) -> dict[str, Any]:
     """Fields of a HybridConfig for a base's transformers config, every layer on attention as the base has it.
 
-    Raises UserError for an architecture that is not among FAMILIES.
+    Raises UserError for an architecture that is not among FAMILIES, or attention that looks ahead.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
             f"base.model: architecture {config.model_type!r} is not supported; choose a base of {', '.join(FAMILIES)}"
         )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError("base.model: use_bidirectional_attention is true, so it is no causal model; choose another")
 
     def flag(value: bool | str) -> bool:
         return bool(getattr(config, value)) if isinstance(value, str) else value
 
     fields = {name: getattr(config, name) for name in SAME}
-    fields["head_dim"] = getattr(config, "head_dim", None)
+    fields |= {name: getattr(config, name, None) for name in WHERE_SET}
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     fields["placement"] = ["swa" if kind == "sliding_attention" else "attn" for kind in types]
     if "swa" in fields["placement"]:
         fields["blocks"] = {"swa": {"window_size": config.sliding_window}}
-    return fields | {
-        "family": config.model_type,
-        "qkv_bias": flag(family.qkv_bias),
-        "out_bias": flag(family.out_bias),
-        "mlp_bias": flag(family.mlp_bias),
-        "qk_norm": family.qk_norm,
-    }
+    return (
+        fields
+        | _ropes(config.rope_parameters)
+        | {
+            "family": config.model_type,
+            "hidden_act": getattr(config, family.activation),
+            "qkv_bias": flag(family.qkv_bias),
+            "out_bias": flag(family.out_bias),
+            "mlp_bias": flag(family.mlp_bias),
+            "qk_norm": family.qk_norm,
+            "attn_scale": getattr(config, family.attn_scalar) ** -0.5 if family.attn_scalar else None,
+            "norm_offset": family.norm_offset,
+            "sandwich_norm": family.sandwich_norm,
+            "embed_scale": config.hidden_size**0.5 if family.scaled_embedding else 1.0,
+        }
+    )
+
+
+def _ropes(parameters: dict[str, Any]) -> dict[str, Any]:
+    """One RoPE for all layers, or one for full attention and one for the windowed layers."""
+    if "full_attention" not in parameters:
+        return {"rope_parameters": parameters}
+    full, windowed = parameters["full_attention"], parameters["sliding_attention"]
+    return {"rope_parameters": full, "swa_rope_parameters": None if windowed == full else windowed}

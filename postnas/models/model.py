@@ -5,6 +5,7 @@ Weights have Hugging Face names; a layer's mixer is its `self_attn`, whatever bl
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any, cast
 
 import torch
@@ -21,6 +22,7 @@ from postnas.blocks.step import Rope, Step
 from postnas.errors import UserError
 from postnas.models.cache import HybridCache
 from postnas.models.config import HybridConfig
+from postnas.ops.chunked_loss import capped
 
 SCALED_ROPE = ("linear", "llama3", "yarn")
 """Scaled kinds whose frequencies are constants. Those of `dynamic` and `longrope` change with the length, so that
@@ -41,8 +43,20 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
+class ScaledEmbedding(nn.Embedding):
+    """Embeddings times a factor, which is rounded to their type first."""
+
+    def __init__(self, config: HybridConfig) -> None:
+        super().__init__(config.vocab_size, config.hidden_size)
+        self.scale = config.embed_scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = super().forward(ids)
+        return h if self.scale == 1.0 else h * torch.tensor(self.scale, dtype=h.dtype).item()
+
+
 class DecoderLayer(nn.Module):
-    """h + mixer(norm(h)), then h + mlp(norm(h))."""
+    """h + mixer(norm(h)), then h + mlp(norm(h)); with sandwich norms each sum takes norm(...) of what is added."""
 
     def __init__(self, config: HybridConfig, index: int) -> None:
         super().__init__()
@@ -50,17 +64,28 @@ class DecoderLayer(nn.Module):
         name = config.placement[index]
         self.self_attn = make_block(name, config.dims(), config.blocks.get(name))
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = _norm(config)
+        self.post_attention_layernorm = _norm(config)
+        self.sandwich = config.sandwich_norm
+        if self.sandwich:
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = _norm(config), _norm(config)
 
     def forward(self, h: Tensor, step: Step, state: Any = None, mixer: nn.Module | None = None) -> Tensor:
         """h: [B, T, hidden]. mixer: stands in for the layer's own (a candidate of the supernet)."""
         y, _ = (mixer or self.self_attn)(self.input_layernorm(h), step, state)
-        return self.feed(h + y)
+        return self.finish(h, y)
 
-    def feed(self, h: Tensor) -> Tensor:
-        """The second half: h + mlp(norm(h))."""
+    def finish(self, h: Tensor, y: Tensor) -> Tensor:
+        """What the layer gives for its input h and its mixer's output y, both [B, T, hidden]."""
+        if self.sandwich:
+            h = h + self.post_attention_layernorm(y)
+            return h + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(h)))
+        h = h + y
         return h + self.mlp(self.post_attention_layernorm(h))
+
+
+def _norm(config: HybridConfig) -> RMSNorm:
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
 
 class RotaryEmbedding(nn.Module):
@@ -68,8 +93,12 @@ class RotaryEmbedding(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, config: HybridConfig) -> None:
+    def __init__(self, config: HybridConfig, parameters: dict[str, Any] | None = None) -> None:
+        """parameters: the config's `rope_parameters` where None."""
         super().__init__()
+        if parameters is not None:
+            config = copy(config)
+            config.rope_parameters = parameters
         self.config = config
         frequencies, self.scaling = self.frequencies(torch.device("cpu"))
         self.register_buffer("inv_freq", frequencies, persistent=False)
@@ -126,11 +155,18 @@ class HybridModel(HybridPreTrainedModel):
 
     def __init__(self, config: HybridConfig) -> None:
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = ScaledEmbedding(config)
         self.layers = nn.ModuleList([DecoderLayer(config, i) for i in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = RotaryEmbedding(config)
+        self.norm = _norm(config)
+        self.make_rope()
         self.post_init()
+
+    def make_rope(self) -> None:
+        """RoPE for all attention layers, and for the windowed ones where they have another."""
+        config = cast(HybridConfig, self.config)
+        self.rotary_emb = RotaryEmbedding(config)
+        if config.swa_rope_parameters is not None:
+            self.swa_rotary_emb = RotaryEmbedding(config, config.swa_rope_parameters)
 
     def forward(
         self,
@@ -209,8 +245,11 @@ class HybridModel(HybridPreTrainedModel):
             if order is not None:
                 positions = positions.gather(1, order)
             segments = _segments(positions, valid, filled=cache is not None and cache.slots > 0)
-        rope = self.rotary_emb(positions, torch.float64 if h.dtype == torch.float64 else torch.float32)
-        step = Step(batch, tokens, h.device, lambda kind: rope, valid=valid, segments=segments, seen=seen)
+        wide = torch.float64 if h.dtype == torch.float64 else torch.float32
+        ropes = {"attn": self.rotary_emb(positions, wide)}
+        own = self.config.swa_rope_parameters is not None
+        ropes["swa"] = self.swa_rotary_emb(positions, wide) if own else ropes["attn"]
+        step = Step(batch, tokens, h.device, ropes.__getitem__, valid=valid, segments=segments, seen=seen)
         if cache is not None:
             step.ledgers = cache.ledgers
             cache.slots += tokens
@@ -306,7 +345,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )
         h = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(h[:, kept])
+        logits = capped(self.lm_head(h[:, kept]), self.config.final_logit_softcapping)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

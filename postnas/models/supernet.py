@@ -39,6 +39,11 @@ class Supernet:
         """[vocab, hidden], shared by teacher and student."""
         return self.base.lm_head.weight
 
+    @property
+    def softcap(self) -> float | None:
+        """The cap on the logits that the head gives."""
+        return self.config.final_logit_softcapping
+
     def mixer(self, layer: int, block: str) -> nn.Module:
         """The base's own attention, or the layer's candidate of this block."""
         if block == self.attention[layer]:
@@ -65,7 +70,7 @@ class Supernet:
             x = layer.input_layernorm(h)
             y, _ = layer.self_attn(x, step)
             yield index, x, y
-            h = layer.feed(h + y)
+            h = layer.finish(h, y)
 
     def norm(self, h: Tensor) -> Tensor:
         """The final norm, before the head."""

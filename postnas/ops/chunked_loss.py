@@ -34,9 +34,9 @@ class _ChunkedKL(torch.autograd.Function):
         low = weight.to(student.dtype)
         teacher_low = low if teacher_weight is weight else teacher_weight.to(teacher.dtype)
         for rows in _chunks(student):
-            logits = _capped(student[rows] @ low.T, softcap)
+            logits = _logits(student[rows], low, softcap)
             log_s = F.log_softmax(logits, dim=-1)
-            log_t = F.log_softmax(_capped(teacher[rows] @ teacher_low.T, softcap), dim=-1)
+            log_t = F.log_softmax(_logits(teacher[rows], teacher_low, softcap), dim=-1)
             p_t = log_t.exp()
             total += torch.dot(p_t.flatten(), log_t.sub_(log_s).flatten())
             if not (wants_hidden or wants_weight):
@@ -68,8 +68,13 @@ def _chunks(hidden: Tensor) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, hidden.shape[0], size))
 
 
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    logits = logits.float() if logits.dtype != torch.float64 else logits
+def _logits(hidden: Tensor, head: Tensor, softcap: float | None) -> Tensor:
+    logits = hidden @ head.T
+    return capped(logits if logits.dtype == torch.float64 else logits.float(), softcap)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """softcap * tanh(logits / softcap), in the logits' type; the logits as they are where softcap is None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
@@ -93,5 +98,5 @@ def chunked_nll(hidden: Tensor, weight: Tensor, targets: Tensor, softcap: float 
     losses = []
     low = weight.to(hidden.dtype)
     for rows in _chunks(hidden):
-        losses.append(F.cross_entropy(_capped(hidden[rows] @ low.T, softcap), targets[rows], reduction="none"))
+        losses.append(F.cross_entropy(_logits(hidden[rows], low, softcap), targets[rows], reduction="none"))
     return torch.cat(losses)

@@ -76,7 +76,8 @@ class Decoder:
         config = self.config
         hidden, inner = config.hidden_size, config.intermediate_size
         mlp = 3 * hidden * inner + (2 * inner + hidden if config.mlp_bias else 0)
-        return self.mixer_parameters + self.layers * (mlp + 2 * hidden) + hidden + config.vocab_size * hidden
+        norms = 4 if config.sandwich_norm else 2
+        return self.mixer_parameters + self.layers * (mlp + norms * hidden) + hidden + config.vocab_size * hidden
 
     def cache_bytes(self, context: int, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of one sequence's cache after `context` tokens. A KV cache is allocated in blocks of 256 tokens."""

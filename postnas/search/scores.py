@@ -93,10 +93,10 @@ class Scorer:
             hidden = net.norm(net.run(self.trunk[name][first], step, placement, start=first))
             if name == "kl":
                 teacher = net.norm(self.trunk[name][-1])
-                return float(chunked_kl(hidden.flatten(0, 1), net.head, teacher.flatten(0, 1), net.head))
+                return float(chunked_kl(hidden.flatten(0, 1), net.head, teacher.flatten(0, 1), net.head, net.softcap))
             length = COPY[0]
             hidden, targets = hidden[:, -length:-1], tokens[:, -length + 1 :]
-            return float(chunked_nll(hidden.flatten(0, 1), net.head, targets.flatten()).mean())
+            return float(chunked_nll(hidden.flatten(0, 1), net.head, targets.flatten(), net.softcap).mean())
 
 
 def combine(values: Values, base: Values, weights: dict[str, float]) -> float:

@@ -58,7 +58,8 @@ def train_mixers(
                 h = supernet.run(h, step, supernet.attention, stop=first)
                 teacher = supernet.norm(supernet.run(h, step, supernet.attention, start=first))
             student = supernet.norm(supernet.run(h, step, placement, start=first))
-            loss = chunked_kl(student.flatten(0, 1), supernet.head, teacher.flatten(0, 1), supernet.head)
+            head, hidden = supernet.head, student.flatten(0, 1)
+            loss = chunked_kl(hidden, head, teacher.flatten(0, 1), head, supernet.softcap)
         loss.backward()
         return {"loss": loss.item()}
 
@@ -92,7 +93,8 @@ def train_all(
             with torch.no_grad():
                 teacher = base.model(**inputs).last_hidden_state
             hidden = student.model(**inputs).last_hidden_state
-            loss = chunked_kl(hidden.flatten(0, 1), student.lm_head.weight, teacher.flatten(0, 1), base.lm_head.weight)
+            cap, heads = base.config.final_logit_softcapping, (student.lm_head.weight, base.lm_head.weight)
+            loss = chunked_kl(hidden.flatten(0, 1), heads[0], teacher.flatten(0, 1), heads[1], cap)
         loss.backward()
         return {"loss": loss.item()}
 
