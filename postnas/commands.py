@@ -69,7 +69,7 @@ def generate(
     """Stream text from a finished hybrid into the terminal.
 
     Args:
-        model: The `model` folder of a run.
+        model: The `model` folder of a run, a Jet-Nemotron checkpoint, or the hub id of one.
         prompt: Text to go on from.
         max_new_tokens: Tokens to make at most.
         temperature: 0 takes the likeliest token; above, tokens are drawn.
@@ -136,6 +136,27 @@ def convert(model: str, placement: Path, out: Path, start: str = "random", dtype
     print(f"convert: wrote {out}")
 
 
+def export(model: str, out: Path, format: str = "jet_nemotron", dtype: str | None = None) -> None:
+    """Write a finished hybrid in a format that other engines load.
+
+    Args:
+        model: The `model` folder of a run.
+        out: The folder to write; it must not exist.
+        format: jet_nemotron, which SGLang serves: Llama or Qwen2 with jet, swa and attn layers.
+        dtype: bfloat16 or float32; as saved where left out.
+    """
+    from postnas.export.jet_nemotron import export as write
+    from postnas.models.load import load
+
+    if format != "jet_nemotron":
+        raise UserError(f"format: {format!r} is not possible; choose jet_nemotron")
+    if out.exists():
+        raise UserError(f"out: {out} exists already; choose another folder")
+    loaded, tokenizer = load(model, None if dtype is None else _dtype(dtype))
+    difference = write(loaded, tokenizer, out)
+    print(f"export: wrote {out}; read back, its logits differ by {difference:.1g} at most")
+
+
 def plan(
     model: str,
     context: str = "64k",
@@ -176,6 +197,7 @@ COMMANDS: dict[str, Any] = {
     "report": report,
     "generate": generate,
     "convert": convert,
+    "export": export,
 }
 """Every command by the name that is typed."""
 

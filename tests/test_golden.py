@@ -12,59 +12,33 @@ from safetensors import safe_open
 from tiny import in_pieces, padded, plain
 from torch import Tensor
 
-from postnas.models.checkpoint import model_from_weights
-from postnas.models.config import HybridConfig
-from postnas.models.model import HybridForCausalLM
+from postnas.models import JetNemotronConfig, JetNemotronForCausalLM
 
 GOLDEN = Path(__file__).parent / "golden"
 CLOSE = {"rtol": 0.0, "atol": 2e-4}
-SAME = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "hidden_act",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-)
-JET = ("num_heads", "head_dim", "expand_v", "conv_size", "dconv_generator_reduction", "norm_eps")
+
+Case = tuple[JetNemotronForCausalLM, Tensor, Tensor]
 
 
-def config_of(official: dict[str, Any]) -> HybridConfig:
-    """Our config for an official one: attention has q, k, v biases, Jet layers have none."""
-    blocks: dict[str, Any] = {}
-    parts = official["efficient_attention_config"]
-    if "swa" in parts:
-        blocks["swa"] = {"window_size": parts["swa"]["window_size"]}
-    if "jet" in parts:
-        blocks["jet"] = {name: parts["jet"][name] for name in JET} | {"qkv_bias": False}
-    return HybridConfig(
-        **{name: official[name] for name in SAME},
-        rope_parameters={"rope_type": "default", "rope_theta": official["rope_theta"]},
-        qkv_bias=True,
-        placement=official["layer_types"],
-        blocks=blocks,
-    )
-
-
-Case = tuple[HybridForCausalLM, Tensor, Tensor]
+def read(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The official config and all tensors of a recorded model."""
+    with safe_open(GOLDEN / f"{name}.safetensors", framework="pt") as handle:
+        return json.loads(handle.metadata()["config"]), {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
 
 
 @pytest.fixture(scope="module", params=["attn_swa", "jet_only", "mixed"])
 def golden(request: pytest.FixtureRequest) -> Case:
-    """The model with the recorded weights, the token ids [2, 150], and the logits [2, 150, vocab] they gave."""
-    with safe_open(GOLDEN / f"{request.param}.safetensors", framework="pt") as handle:
-        official = json.loads(handle.metadata()["config"])
-        weights = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    """The model with the recorded weights, the token ids [2, 150], and the logits [2, 150, vocab] they gave.
+
+    The recorded model had been cast to bfloat16 as a whole, RoPE's frequencies too, and back. So is ours. With the
+    exact frequencies, which `from_pretrained` keeps, the logits of attention differ by up to 5e-3.
+    """
+    official, weights = read(request.param)
     ids, logits = weights.pop("_input_ids"), weights.pop("_logits")
-    model = model_from_weights(config_of(official), weights, torch.float32).requires_grad_(False)
-    # The recorded model had been cast to bfloat16 and back as a whole, its RoPE frequencies too. With the exact
-    # ones our logits differ by up to 5e-3, which is the rounding's doing and not the model's.
-    model.model.rotary_emb.inv_freq.copy_(model.model.rotary_emb.inv_freq.bfloat16().float())
-    return model, ids, logits
+    model = JetNemotronForCausalLM(JetNemotronConfig(**official)).to(torch.bfloat16)
+    missing = {"lm_head.weight"} if official["tie_word_embeddings"] else set()
+    model.load_state_dict(weights | {name: weights["model.embed_tokens.weight"] for name in missing}, strict=True)
+    return model.float().eval().requires_grad_(False), ids, logits
 
 
 def test_official_logits(golden: Case) -> None:
@@ -104,11 +78,12 @@ def test_official_logits_of_packed_rows(golden: Case) -> None:
 
 
 def test_the_exact_frequencies_are_what_differs(golden: Case) -> None:
-    """The other side of the fixture's rounding: without it nothing but attention with RoPE is off."""
+    """The other side of the fixture's cast: without it nothing but attention with RoPE is off."""
     model, ids, logits = golden
+    rounded = model.model.rotary_emb.inv_freq.clone()
     model.model.rotary_emb.reset_parameters()
     error = (plain(model, ids) - logits).abs().max()
-    model.model.rotary_emb.inv_freq.copy_(model.model.rotary_emb.inv_freq.bfloat16().float())
+    model.model.rotary_emb.inv_freq.copy_(rounded)
     if {"attn", "swa"} & set(model.config.placement or []):
         assert 2e-4 < error < 1e-2
     else:

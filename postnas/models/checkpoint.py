@@ -58,10 +58,18 @@ def load_base(name: str, sha256: str | None = None, dtype: torch.dtype = torch.b
     return model.requires_grad_(False)
 
 
-def model_from_weights(config: HybridConfig, weights: dict[str, Tensor], dtype: torch.dtype) -> HybridForCausalLM:
-    """A model that holds these very tensors (cast to `dtype`). Raises UserError where one is missing or left over."""
+def model_from_weights(
+    config: HybridConfig,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    kind: type[HybridForCausalLM] = HybridForCausalLM,
+) -> HybridForCausalLM:
+    """A model of class `kind` that holds these very tensors (cast to `dtype`).
+
+    Raises UserError where one is missing or left over.
+    """
     with torch.device("meta"):
-        model = HybridForCausalLM(config)
+        model = kind(config)
     wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in weights.items()}
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()

@@ -1,4 +1,4 @@
-"""Our classes among transformers' Auto classes, and a finished hybrid from its folder."""
+"""Our classes among transformers' Auto classes, and a finished hybrid from its folder or from the hub."""
 
 from __future__ import annotations
 
@@ -11,55 +11,84 @@ from safetensors import SafetensorError
 from postnas.data import load_tokenizer
 from postnas.errors import UserError
 from postnas.files import read_json
+from postnas.sources import resolve_model
+
+MODEL_TYPES = ("postnas", "jet_nemotron")
 
 
 def register_config() -> None:
-    """Make AutoConfig know the model type `postnas`."""
+    """Make AutoConfig know the model types `postnas` and `jet_nemotron`."""
     from transformers import AutoConfig
 
     from postnas.models.config import HybridConfig
+    from postnas.models.jet_nemotron import JetNemotronConfig
 
-    AutoConfig.register(HybridConfig.model_type, HybridConfig, exist_ok=True)
+    for config in (HybridConfig, JetNemotronConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
 
 
 def register_model() -> None:
-    """Make AutoModelForCausalLM know our configuration."""
-    from transformers import AutoModelForCausalLM
+    """Make AutoModel and AutoModelForCausalLM know our configurations."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
-    from postnas.models.config import HybridConfig
-    from postnas.models.model import HybridForCausalLM
+    from postnas.models.jet_nemotron import JetNemotronForCausalLM, JetNemotronModel
+    from postnas.models.model import HybridForCausalLM, HybridModel
 
-    AutoModelForCausalLM.register(HybridConfig, HybridForCausalLM, exist_ok=True)
+    for model in (HybridModel, JetNemotronModel):
+        AutoModel.register(model.config_class, model, exist_ok=True)
+    for whole in (HybridForCausalLM, JetNemotronForCausalLM):
+        AutoModelForCausalLM.register(whole.config_class, whole, exist_ok=True)
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:
-    """A finished hybrid and its tokenizer, from the `model` folder of a run, in evaluation mode.
+def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """A finished hybrid and its tokenizer, in evaluation mode.
 
-    dtype: as saved where None. Raises UserError where the folder holds no hybrid or a file is cut off.
+    name: the `model` folder of a run, the folder of a Jet-Nemotron checkpoint, or a hub id such as
+    jet-ai/Jet-Nemotron-2B. dtype: as saved where None. Raises UserError where there is no hybrid, a file is cut off,
+    or the weights are not exactly those that its config asks for.
     """
-    from postnas.models.config import HybridConfig
-    from postnas.models.model import HybridForCausalLM
+    folder = _folder(str(name))
+    model = load_model(folder, dtype)
+    return model.to(device).eval(), load_tokenizer(folder)
 
-    folder = Path(folder)
-    mend = "give the `model` folder of a finished run"
-    if not (folder / "config.json").exists():
-        raise UserError(f"{folder}: holds no config.json; {mend}")
+
+def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The hybrid in `folder`, without a tokenizer; otherwise as `load`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = read_json(folder / "config.json")
     kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != HybridConfig.model_type:
-        raise UserError(f"{folder}: holds a model of type {kind!r}, not {HybridConfig.model_type!r}; {mend}")
+    if kind not in MODEL_TYPES:
+        raise UserError(
+            f"{folder}: holds a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}; "
+            "give the `model` folder of a finished run, or a Jet-Nemotron checkpoint"
+        )
     try:
-        loaded: Any = HybridForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
+            config=AutoConfig.from_pretrained(folder),
             dtype=dtype or "auto",
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, in one line
         )
-        model, found = loaded
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); write the model again") from error
+    model, found = loaded
     wrong = sorted([*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])])
     if wrong:
         raise UserError(f"{folder}: {wrong[0]} is missing or has a wrong shape; write the model again")
-    return model.to(device).eval(), load_tokenizer(folder)
+    if found["unexpected_keys"]:
+        extra = sorted(found["unexpected_keys"])[0]
+        raise UserError(f"{folder}: {extra} has no place in the model that config.json tells of; mend config.json")
+    return model
+
+
+def _folder(name: str) -> Path:
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise UserError(f"{name}: holds no config.json; give the `model` folder of a finished run")
+    folder = resolve_model(name)
+    if not folder.is_dir():
+        raise UserError(f"{name}: is a file and no folder of a hybrid; give the `model` folder of a finished run")
+    return folder

@@ -1,0 +1,1 @@
+"""Hybrids in other formats, one file each."""
