@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import json
 import re
 import sys
 import typing
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from postnas import __version__
-from postnas.commands import COMMANDS, takes_recipe
+from postnas.commands import COMMANDS, compare, harness, takes_recipe, variant
 from postnas.errors import UserError
 from postnas.recipe import Recipe
 
@@ -67,12 +68,17 @@ def overview() -> str:
 
 def parse(name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
     """The command and its keyword arguments. Raises UserError for a command, flag or value that does not fit."""
-    command = COMMANDS.get(name)
+    if name == "eval" and arguments[:1] == ["--harness"]:
+        return harness, {"arguments": arguments[1:]}
+    command = variant(name, arguments)
     if command is None:
         raise UserError(f"command: {name!r} is unknown; {_near(name, COMMANDS, 'see postnas --help')}")
     if takes_recipe(command):
         return command, {"recipe": read_recipe(name, arguments)}
-    parser = _parser(name)
+    if command is compare:  # several words are one list
+        count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+        arguments = [json.dumps(arguments[:count]), *arguments[count:]]
+    parser = _parser(name, command)
     parser.add_function_arguments(command, as_group=False, as_positional=True)
     return command, _parsed(parser, arguments, typing.get_type_hints(command)).as_dict()
 
@@ -81,7 +87,7 @@ def read_recipe(name: str, arguments: list[str]) -> Recipe:
     """The recipe of `postnas NAME FILE --section.field VALUE ...`. Raises UserError for what does not fit."""
     if not arguments:
         raise UserError(f"recipe: none is given; name a YAML file, as in postnas {name} {EXAMPLE}")
-    parser = _parser(name, usage=f"postnas {name} RECIPE.yaml [--SECTION.FIELD VALUE ...]")
+    parser = _parser(name, COMMANDS[name], usage=f"postnas {name} RECIPE.yaml [--SECTION.FIELD VALUE ...]")
     parser.add_argument("recipe", nargs="?", type=str, help=f"The recipe, a YAML file such as {EXAMPLE}.")
     parser.add_class_arguments(Recipe, None)
     known = _fields(Recipe)
@@ -92,13 +98,13 @@ def read_recipe(name: str, arguments: list[str]) -> Recipe:
     return Recipe(**{field.name: sections[field.name] for field in dataclasses.fields(Recipe)})
 
 
-def _parser(name: str, **settings: Any) -> Any:
+def _parser(name: str, command: Any, **settings: Any) -> Any:
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return jsonargparse.ArgumentParser(
         prog=f"postnas {name}",
-        description=COMMANDS[name].__doc__.splitlines()[0],
+        description=command.__doc__.splitlines()[0],
         allow_abbrev=False,
         exit_on_error=False,
         **settings,
@@ -189,12 +195,18 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
 
 
 def _spelt_out(arguments: list[str], known: dict[str, Any]) -> list[str]:
-    """The arguments with 1e9 as 1000000000 behind the flags that want whole numbers."""
+    """The arguments as jsonargparse wants them: 1e9 as 1000000000 behind the flags that want whole numbers,
+    --allow-code as --allow_code, and `true` behind a switch that has no value."""
     flag, spelt = "", []
-    for argument in arguments:
+    for index, argument in enumerate(arguments):
         if argument.startswith("--"):
-            flag = argument[2:].partition("=")[0]
+            flag, equals, value = argument[2:].partition("=")
+            flag = flag if flag in known else flag.replace("-", "_")
+            argument = f"--{flag}{equals}{value}" if flag in known else argument
         spelt.append(EXPONENT.sub(_digits, argument) if _whole(known.get(flag)) else argument)
+        bare = argument == f"--{flag}" and known.get(flag) is bool
+        if bare and (index + 1 == len(arguments) or arguments[index + 1].startswith("-")):
+            spelt.append("true")
     return spelt
 
 

@@ -48,6 +48,67 @@ def evaluate(recipe: Recipe) -> None:
     _stage(recipe, "evaluate")
 
 
+def evaluate_model(
+    model: str,
+    base: str | None = None,
+    tasks: str = "",
+    suite: str = "",
+    limit: int | None = None,
+    text: str | None = None,
+    perplexity_tokens: int = 16_384,
+    length: int = 512,
+    copy_passages: int = 32,
+    copy_tokens: int = 200,
+    copy_filler: int = 300,
+    allow_code: bool = False,
+    out: Path = Path("eval"),
+    seed: int = 0,
+    device: str = "cpu",
+    dtype: str | None = None,
+    threads: int = 2,
+) -> None:
+    """Measure a model by itself or beside its base, without a recipe; `--harness ARGS` hands over to lm_eval.
+
+    Args:
+        model: A hybrid's folder, a Jet-Nemotron checkpoint, a base, or the hub id or package: name of one.
+        base: The model that it is compared with, on the same rows.
+        tasks: Names with commas between: arc_easy,gsm8k,needle@4096.
+        suite: Groups of the paper with commas between: general, math, commonsense, retrieval, code, long, paper.
+        limit: Rows a task; all where left out.
+        text: A text for perplexity and the copy test, as a recipe's data.text has it; none where left out.
+        perplexity_tokens: Tokens of it that perplexity is measured on.
+        length: Tokens of a sequence for perplexity.
+        copy_passages: Passages of the copy test; 0 leaves it out.
+        copy_tokens: Tokens of a passage, which stands twice.
+        copy_filler: Tokens between the two.
+        allow_code: Run programs that the model wrote (humaneval, mbpp), each in a sandbox.
+        out: The folder for eval.json: scores, rows and what the model gave to each.
+        seed: Draws the rows of a limit, and what is made up.
+        device: cpu or cuda.
+        dtype: bfloat16 or float32; as saved where left out, for a base bfloat16.
+        threads: CPU threads.
+    """
+    from postnas.evaluate.standalone import Settings, evaluate_alone, table
+
+    if dtype is not None:
+        _dtype(dtype)
+    names = [name.strip() for part in (suite, tasks) for name in part.split(",") if name.strip()]
+    if not names and text is None:
+        raise UserError("tasks: none is given; name some with --tasks or --suite, or a text with --text")
+    sizes = (perplexity_tokens, length, copy_passages, copy_tokens, copy_filler)
+    settings = Settings(model, base, names, limit, text, *sizes, allow_code, seed, dtype, threads)
+    print(table(evaluate_alone(settings, out, _device(device))))
+    print(f"eval: wrote {out / 'eval.json'}")
+
+
+def harness(arguments: list[str]) -> None:
+    """Run lm-evaluation-harness with its own arguments on a model of ours."""
+    from postnas.evaluate.harness import main as run_harness
+
+    if code := run_harness(arguments):
+        raise SystemExit(code)
+
+
 def bench(recipe: Recipe) -> None:
     """Measure what was won: prefill, decode and cache of base and hybrid."""
     _stage(recipe, "bench")
@@ -56,6 +117,19 @@ def bench(recipe: Recipe) -> None:
 def report(recipe: Recipe) -> None:
     """Write report.html and the model card from what a run has measured."""
     _stage(recipe, "report")
+
+
+def compare(folders: list[Path], out: Path = Path("comparison.html")) -> None:
+    """Write one page that compares several runs; of one run, its own report.
+
+    Args:
+        folders: Run directories, up to six.
+        out: The page that compares.
+    """
+    from postnas.report.compare import write_comparison
+    from postnas.report.html import write_report
+
+    print(f"report: wrote {write_comparison(folders, out) if len(folders) > 1 else write_report(folders[0])}")
 
 
 def generate(
@@ -200,6 +274,20 @@ COMMANDS: dict[str, Any] = {
     "export": export,
 }
 """Every command by the name that is typed."""
+
+
+def variant(name: str, arguments: list[str]) -> Any:
+    """The command that `name` means with these arguments, or None where there is none.
+
+    `eval` and `report` take a recipe, or what a recipe made: a model, several run directories.
+    """
+    first = arguments[0] if arguments else ""
+    recipe = not first or first.startswith("-") or Path(first).suffix in (".yaml", ".yml")
+    if name == "eval" and not recipe:
+        return evaluate_model
+    if name == "report" and not recipe:
+        return compare
+    return COMMANDS.get(name)
 
 
 def takes_recipe(command: Any) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from postnas.blocks import linear_blocks, make_block
 from postnas.data import Tokens, load_tokenizer, prepare
 from postnas.errors import UserError
-from postnas.evaluate.suite import load_task
+from postnas.evaluate import suite
 from postnas.evaluate.verdict import check_text, evaluate
 from postnas.files import locked, read_json, read_jsonl, replacing, write_json, write_text
 from postnas.generate.throughput import measure
@@ -166,8 +166,7 @@ def check(recipe: Recipe) -> None:
             raise UserError(f"align.blocks: {name!r} is not a linear block; choose from {', '.join(linear_blocks())}")
     if recipe.place.strategy not in STRATEGIES:
         raise UserError(f"place.strategy: {recipe.place.strategy!r} is unknown; choose from {', '.join(STRATEGIES)}")
-    for task in recipe.evaluate.tasks:
-        load_task(task)
+    suite.wanted(recipe.evaluate.tasks, recipe.evaluate.allow_code)
 
 
 def check_base(state: Run) -> None:
@@ -292,6 +291,7 @@ def _evaluate(state: Run) -> None:
         copy_tokens=settings.copy_tokens,
         copy_filler=settings.copy_filler,
         seed=recipe.seed,
+        allow_code=settings.allow_code,
         done=read_json(partial) if partial.exists() else None,
         save=lambda value: write_json(partial, value),
     )

@@ -182,11 +182,12 @@ class Evaluate:
     """What was kept."""
 
     tasks: list[str] = field(default_factory=lambda: ["arc_easy", "piqa"])
-    """Multiple-choice tasks, by the name of their file in evaluate/tasks."""
+    """Tasks by the name of their file in evaluate/tasks, long-context tasks with their length (needle@4096), groups
+    (commonsense, paper)."""
     limit: int | None = 400
     """Rows a task; all where null."""
     perplexity_tokens: int = 16_384
-    """Held-out tokens that perplexity is measured on."""
+    """Held-out tokens that perplexity is measured on; 0 leaves it out."""
     length: int = 512
     """Tokens a sequence for perplexity."""
     copy_passages: int = 32
@@ -195,6 +196,8 @@ class Evaluate:
     """Tokens of a passage, which stands twice."""
     copy_filler: int = 300
     """Tokens between the two."""
+    allow_code: bool = False
+    """Run programs that a model wrote, as humaneval and mbpp do; each in a sandbox."""
 
     def __post_init__(self) -> None:
         _need(
@@ -204,7 +207,8 @@ class Evaluate:
             "give a number above 0, or null for all rows",
         )
         _need(self.copy_passages >= 0, "evaluate.copy_passages", self.copy_passages, "give 0 or more")
-        _positive(self, "perplexity_tokens", "length", "copy_tokens", "copy_filler")
+        _need(self.perplexity_tokens >= 0, "evaluate.perplexity_tokens", self.perplexity_tokens, "give 0 or more")
+        _positive(self, "length", "copy_tokens", "copy_filler")
 
 
 @dataclass(frozen=True)

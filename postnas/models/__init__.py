@@ -11,8 +11,8 @@ _WHERE = {
     "HybridForCausalLM": "model",
     "HybridCache": "cache",
     "JetNemotronConfig": "jet_nemotron",
-    "JetNemotronModel": "jet_nemotron",
-    "JetNemotronForCausalLM": "jet_nemotron",
+    "JetNemotronModel": "model",
+    "JetNemotronForCausalLM": "model",
 }
 __all__ = sorted(_WHERE)
 

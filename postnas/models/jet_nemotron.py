@@ -12,7 +12,6 @@ import yaml
 
 from postnas.errors import UserError
 from postnas.models.config import HybridConfig
-from postnas.models.model import HybridForCausalLM, HybridModel
 
 MIXERS = ("attn", "swa", "jet")
 """What the format can hold."""
@@ -150,15 +149,3 @@ def _official(options: dict[str, Any]) -> dict[str, Any]:
         | KERNELS
         | ({"norm_eps": str(options["norm_eps"])} if "norm_eps" in options else {})
     )
-
-
-class JetNemotronModel(HybridModel):
-    """The decoder without its head."""
-
-    config_class = JetNemotronConfig
-
-
-class JetNemotronForCausalLM(HybridForCausalLM):
-    """The decoder with its head; every path is HybridForCausalLM's."""
-
-    config_class = JetNemotronConfig

@@ -31,8 +31,7 @@ def register_model() -> None:
     """Make AutoModel and AutoModelForCausalLM know our configurations."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    from postnas.models.jet_nemotron import JetNemotronForCausalLM, JetNemotronModel
-    from postnas.models.model import HybridForCausalLM, HybridModel
+    from postnas.models.model import HybridForCausalLM, HybridModel, JetNemotronForCausalLM, JetNemotronModel
 
     for model in (HybridModel, JetNemotronModel):
         AutoModel.register(model.config_class, model, exist_ok=True)
@@ -50,6 +49,22 @@ def load(name: str | Path, dtype: torch.dtype | None = None, device: str | torch
     folder = _folder(str(name))
     model = load_model(folder, dtype)
     return model.to(device).eval(), load_tokenizer(folder)
+
+
+def load_any(name: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[Any, Any]:
+    """A hybrid as `load` gives it, or a base that `sources` resolves, and its tokenizer, in evaluation mode.
+
+    dtype: as saved for a hybrid and bfloat16 for a base where None. Only safetensors and GGUF are read.
+    Raises UserError where there is no model that we can run.
+    """
+    from postnas.models.checkpoint import base_folder, load_base
+
+    folder = base_folder(str(name))
+    config = read_json(folder / "config.json")
+    if isinstance(config, dict) and config.get("model_type") in MODEL_TYPES:
+        return load(folder, dtype, device)
+    base: Any = load_base(str(folder), dtype=dtype or torch.bfloat16)
+    return base.to(device), load_tokenizer(folder)
 
 
 def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:

@@ -22,6 +22,7 @@ from postnas.blocks.step import Rope, Step
 from postnas.errors import UserError
 from postnas.models.cache import HybridCache
 from postnas.models.config import HybridConfig
+from postnas.models.jet_nemotron import JetNemotronConfig
 from postnas.ops.chunked_loss import capped
 
 SCALED_ROPE = ("linear", "llama3", "yarn")
@@ -352,3 +353,15 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
         )
+
+
+class JetNemotronModel(HybridModel):
+    """HybridModel under the official config."""
+
+    config_class = JetNemotronConfig
+
+
+class JetNemotronForCausalLM(HybridForCausalLM):
+    """HybridForCausalLM under the official config."""
+
+    config_class = JetNemotronConfig

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from postnas.report.results import KEPT_HEAD, WON_HEAD, Results, base_name, linear_layers, read_results
+from postnas.report.measures import KEPT_HEAD
+from postnas.report.results import WON_HEAD, Results, base_name, linear_layers, read_results
 
 
 def model_card(run: Path) -> str:

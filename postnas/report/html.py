@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from postnas.files import write_text
+from postnas.report.measures import KEPT_HEAD, Kept, grouped
 from postnas.report.results import (
-    KEPT_HEAD,
     WON_HEAD,
     Results,
     base_name,
@@ -29,7 +29,13 @@ def write_report(run: Path) -> Path:
     Equal files give equal bytes. Raises UserError where recipe.yaml is missing, a file is not JSON, or the
     directory cannot be written.
     """
-    results = read_results(run)
+    path = run / "report.html"
+    write_text(path, render("report.html.j2", _page(read_results(run))))
+    return path
+
+
+def render(template: str, values: dict[str, Any]) -> str:
+    """A page from its template. `plots` in `values` are SVG texts by name; all other text is escaped."""
     pages = Environment(
         loader=PackageLoader("postnas.report", ""),
         autoescape=True,
@@ -37,20 +43,21 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = run / "report.html"
-    write_text(path, pages.get_template("report.html.j2").render(_page(results)))
-    return path
+    pages.filters["breakable"] = _breakable
+    plots = {name: Markup(_inline(name, svg)) for name, svg in values["plots"].items()}
+    return pages.get_template(template).render(values | {"plots": plots})
 
 
 def _page(results: Results) -> dict[str, Any]:
     """The values that the template shows."""
     return {
         "base": results.recipe["base"]["model"],
-        "name": base_name(results.recipe["base"]["model"]),
-        "device": _device(results),
+        "title": f"{base_name(results.recipe['base']['model'])} as a hybrid",
+        "device": device_name(results),
         "tiles": headline(results),
         "kept_head": KEPT_HEAD,
-        "kept": [row.cells() for row in results.kept],
+        "kept": [table_group(group, rows) for group, rows in grouped(results.kept).items()],
+        "counted": _counted(results.kept),
         "won_head": WON_HEAD,
         "won": [row.cells() for row in results.won],
         "placement": _placement(results),
@@ -58,22 +65,44 @@ def _page(results: Results) -> dict[str, Any]:
         "cost": _cost(results),
         "command": results.command,
         "recipe": results.recipe_text,
-        "plots": {name: Markup(_inline(svg)) for name, svg in _plots(results).items()},
+        "remake": {
+            "eval": results.remake("eval"),
+            "bench": results.remake("bench"),
+            "both": results.remake("eval", "bench"),
+            "place": results.remake("place"),
+            "train": results.remake("align", "train"),
+        },
+        "plots": _plots(results),
     }
+
+
+def table_group(name: str, rows: list[Kept]) -> dict[str, Any]:
+    """Rows of a table: what the base can do, and what it cannot, which is shown in grey."""
+    return {
+        "name": name,
+        "able": [row.cells() for row in rows if row.able],
+        "unable": [row.cells() for row in rows if not row.able],
+    }
+
+
+def _counted(rows: list[Kept]) -> dict[str, int]:
+    shares = [row for row in rows if row.read.share]
+    able = sum(row.able for row in shares)
+    return {"shares": len(shares), "able": able, "unable": len(shares) - able}
 
 
 def _plots(results: Results) -> dict[str, str]:
     """The SVG of every plot whose stages have run."""
-    from postnas.report import plots
+    from postnas.report import plots, quality
 
     kept, won = results.kept, results.won
-    found = {}
+    found: dict[str, str] = {}
     if results.eval_ and kept:
-        found["kept"] = plots.kept(results.eval_)
+        found |= {f"kept-{number}": svg for number, svg in enumerate(quality.kept(results.eval_).values(), start=1)}
     if results.bench and won:
         found["speed"] = plots.speed(results.bench)
     if results.eval_ and results.bench and won and any(row.share is not None for row in kept):
-        found["quality"] = plots.quality_against_cache(results.eval_, results.bench, results.placement)
+        found["quality"] = quality.against_cost(results.eval_, results.bench)
     if results.placement or (results.scores and results.scores.get("swap")):
         found["sensitivity"] = plots.sensitivity(results.scores, results.placement)
     if results.placement and results.placement.get("table"):
@@ -85,13 +114,19 @@ def _plots(results: Results) -> dict[str, str]:
     return found
 
 
-def _inline(svg: str) -> str:
-    """Inside HTML an SVG needs no names of namespaces, and its size is the page's to say."""
+def _breakable(text: str) -> Markup:
+    """A name that a narrow column may break behind its underscores and points."""
+    return Markup(re.sub("([_.])", r"\1<wbr>", str(escape(text))))
+
+
+def _inline(name: str, svg: str) -> str:
+    """Inside HTML an SVG needs no namespaces, its size is the page's to say, and its ids are unlike other plots'."""
     head, rest = svg.split(">", 1)
+    rest = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", rest)
     return re.sub(r' (xmlns(:\w+)?|width|height|version)="[^"]*"', "", head) + ">" + rest
 
 
-def _device(results: Results) -> str:
+def device_name(results: Results) -> str:
     if results.bench:
         bench = results.bench
         return f"{bench['device']}, {bench['threads']} threads, torch {bench['torch']}"

@@ -11,44 +11,11 @@ import yaml
 
 from postnas.errors import UserError
 from postnas.files import read_json, read_jsonl
+from postnas.report.measures import Kept, kept_rows, percent, times
 
 ATTENTION = ("attn", "swa")
 """Mixers that are not linear: full and windowed attention."""
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How one metric of eval.json is named and read."""
-
-    words: str
-    """What people read; `{task}` stands for the name of the task."""
-    share: bool
-    """True for a share between 0 and 1, shown in percent; its differences are in points."""
-    higher: bool
-    """True where more is better."""
-
-    def value(self, value: float) -> str:
-        return percent(value) if self.share else f"{value:.2f}"
-
-    def error(self, stderr: float | None) -> str:
-        """` ± e` in the unit of the value, or nothing where no standard error was measured."""
-        return "" if stderr is None else f" ± {100 * stderr:.1f}" if self.share else f" ± {stderr:.2g}"
-
-    def difference(self, value: float, stderr: float | None) -> str:
-        number = f"{100 * value:+.1f}" if self.share else f"{value:+.2f}"
-        return number + self.error(stderr)
-
-
-METRICS = {
-    "perplexity": Metric("perplexity", share=False, higher=False),
-    "copy_accuracy": Metric("copy accuracy", share=True, higher=True),
-    "copy_nll": Metric("copy, nats a token", share=False, higher=False),
-    "accuracy": Metric("{task}", share=True, higher=True),
-    "accuracy_norm": Metric("{task}, by length", share=True, higher=True),
-}
-
-
-KEPT_HEAD = ["measure", "base", "hybrid", "difference", "kept", "n"]
 WON_HEAD = [
     "phase",
     "context",
@@ -60,50 +27,6 @@ WON_HEAD = [
     "hybrid, cache",
     "smaller",
 ]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """One measure of quality, on base and hybrid.
-
-    difference: hybrid minus base; paired row by row where it has a standard error. share: the part of
-    the base's quality that the hybrid has (1 = all), for a share of right answers what stands above
-    chance; None where the base is too near chance, and for losses in nats, which have no ratio.
-    """
-
-    task: str
-    metric: str
-    base: float
-    hybrid: float
-    base_stderr: float | None
-    hybrid_stderr: float | None
-    n: int
-    difference: float
-    difference_stderr: float | None
-    share: float | None
-
-    @property
-    def name(self) -> str:
-        return METRICS[self.metric].words.format(task=self.task)
-
-    def cells(self) -> list[str]:
-        """A row of a table, under KEPT_HEAD."""
-        metric = METRICS[self.metric]
-        return [
-            self.name,
-            metric.value(self.base) + metric.error(self.base_stderr),
-            metric.value(self.hybrid) + metric.error(self.hybrid_stderr),
-            metric.difference(self.difference, self.difference_stderr),
-            self._kept(),
-            f"{self.n:,}",
-        ]
-
-    def _kept(self) -> str:
-        if self.metric == "perplexity":
-            return times(self.hybrid / self.base)
-        if self.share is None:
-            return "too near chance" if METRICS[self.metric].share else ""
-        return percent(self.share)
 
 
 @dataclass(frozen=True)
@@ -171,6 +94,11 @@ class Results:
         out = self.recipe["out"].rstrip("/")
         return f"postnas run {shlex.quote(out + '/recipe.yaml')} --out {shlex.quote(out + '-again')}"
 
+    def remake(self, *commands: str) -> str:
+        """The shell commands that make these stages' numbers anew in the run's own directory, a line each."""
+        path = shlex.quote(self.recipe["out"].rstrip("/") + "/recipe.yaml")
+        return "\n".join(f"postnas {command} {path}" for command in commands)
+
 
 def read_results(run: Path) -> Results:
     """Read a run directory. Raises UserError where recipe.yaml is missing, or a file is not what it should be."""
@@ -185,33 +113,33 @@ def read_results(run: Path) -> Results:
     for name in ("base", "data", "out"):
         if not isinstance(recipe, dict) or name not in recipe:
             raise UserError(f"{path}: has no field {name}; give the directory of a run, with its resolved recipe")
+    if not isinstance(recipe["base"], dict) or "model" not in recipe["base"]:
+        raise UserError(f"{path}: has no field base.model; give the directory of a run, with its resolved recipe")
 
-    def optional(name: str) -> Any:
-        return read_json(run / name) if (run / name).exists() else None
-
-    return Results(
+    results = Results(
         recipe_text=text,
         recipe=recipe,
-        stages=optional("stages.json") or {},
+        stages=_optional(run, "stages.json") or {},
         metrics=read_jsonl(run / "metrics.jsonl"),
-        scores=optional("scores.json"),
-        placement=optional("placement.json"),
-        eval_=optional("eval.json"),
-        bench=optional("bench.json"),
+        scores=_optional(run, "scores.json"),
+        placement=_optional(run, "placement.json"),
+        eval_=_optional(run, "eval.json"),
+        bench=_optional(run, "bench.json"),
     )
+    for name, command, rows in (("eval.json", "eval", "kept"), ("bench.json", "bench", "won")):
+        try:
+            getattr(results, rows)
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{run / name}: lacks {error}; make it anew with `postnas {command}`") from error
+    return results
 
 
-def kept_rows(eval_: dict[str, Any]) -> list[Kept]:
-    """Every measure that eval.json has for both models, in its order."""
-    value = {(row["model"], row["task"], row["metric"]): row for row in eval_["rows"]}
-    rows = []
-    for pair in eval_["paired"]:
-        key = (pair["task"], pair["metric"])
-        base, hybrid = value["base", *key], value["hybrid", *key]
-        share = base["value"] / hybrid["value"] if pair["metric"] == "perplexity" else pair["kept"]
-        values = base["value"], hybrid["value"], base["stderr"], hybrid["stderr"]
-        rows.append(Kept(*key, *values, hybrid["n"], pair["difference"], pair["stderr"], share))
-    return rows
+def _optional(run: Path, name: str) -> dict[str, Any] | None:
+    path = run / name
+    value = read_json(path) if path.exists() else None
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: is no JSON object; remove it, and run its stage again")
+    return value
 
 
 def won_rows(bench: dict[str, Any]) -> list[Won]:
@@ -233,7 +161,7 @@ def headline(results: Results) -> list[tuple[str, str]]:
         mixers = results.placement["placement"]
         tiles.append((f"{linear_layers(mixers)} of {len(mixers)}", "layers are linear"))
     for row in results.kept:
-        if row.metric == "perplexity":
+        if row.task == row.metric == "perplexity":
             tiles.append((times(row.hybrid / row.base), "the base's perplexity"))
         if row.metric == "copy_accuracy" and row.share is not None:
             tiles.append((percent(row.share), "of the base's copy accuracy kept"))
@@ -247,14 +175,6 @@ def headline(results: Results) -> list[tuple[str, str]]:
 
 def linear_layers(placement: list[str]) -> int:
     return sum(mixer not in ATTENTION for mixer in placement)
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def times(ratio: float) -> str:
-    return f"{ratio:.2f}×"
 
 
 def rate(value: float, stderr: float | None = None) -> str:

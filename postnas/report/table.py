@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from postnas.report.results import Results, byte_text, context_name, linear_layers, rate, read_results, times
+from postnas.report.measures import times
+from postnas.report.results import Results, byte_text, context_name, linear_layers, rate, read_results
 
 Line = tuple[str, str, str, str]
 

@@ -6,6 +6,15 @@ one line; other exceptions are bugs and pass through.
 
 from postnas.sources.names import resolve, resolve_config, resolve_model
 from postnas.sources.text import documents, records
-from postnas.sources.wheel import cache_dir, file_sha256
+from postnas.sources.wheel import cache_dir, file_sha256, joint_sha256
 
-__all__ = ["cache_dir", "documents", "file_sha256", "records", "resolve", "resolve_config", "resolve_model"]
+__all__ = [
+    "cache_dir",
+    "documents",
+    "file_sha256",
+    "joint_sha256",
+    "records",
+    "resolve",
+    "resolve_config",
+    "resolve_model",
+]

