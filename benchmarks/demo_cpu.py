@@ -61,7 +61,7 @@ def main() -> None:
 
 FETCH = f"""
 from postnas import sources
-from postnas.evaluate.suite import load_task
+from postnas.evaluate.task import load_task
 from postnas.models.checkpoint import base_folder
 import yaml
 recipe = yaml.safe_load(open({RECIPE!r}))
