@@ -323,3 +323,19 @@ def test_training_in_bfloat16_compares_with_float32() -> None:
         a, b = mix(wide, x.float()), mix(low, x)
         assert b.dtype == torch.bfloat16
         assert ((a - b.float()).norm() / a.norm()).item() < 0.03, block
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [True, False])
+def test_folded_queries_give_what_grouped_heads_give(kv_heads: int, masked: bool) -> None:
+    """The form that a GPU takes under a mask, against the one with grouped heads, in float64."""
+    dims = Dims(hidden=24, heads=4, kv_heads=kv_heads, head_dim=6)
+    attention = make_block("attn", dims)
+    tokens = 5 if masked else 1
+    q = torch.randn(2, 4, tokens, 6, dtype=torch.float64)
+    k, v = (torch.randn(2, kv_heads, 9, 6, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(2, 1, tokens, 9) < 0.7 if masked else None
+    if mask is not None:
+        mask[..., 0] = True
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(attention._folded(q, k, v, mask), expected, rtol=0, atol=1e-12)

@@ -69,14 +69,28 @@ class Attention(nn.Module):
         keys = step.keys(self.window)
         if state is not None:
             k, v = state.append(k, v, keys.keep)
-        if dims.softcap is None:
+        if dims.softcap is not None:
+            y = self._capped(q, k, v, keys, dims.softcap)
+        elif q.is_cuda and not keys.causal:
+            y = self._folded(q, k, v, keys.mask)
+        else:
             grouped = dims.kv_heads != dims.heads
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=keys.mask, is_causal=keys.causal, scale=dims.scale, enable_gqa=grouped
             )
-        else:
-            y = self._capped(q, k, v, keys, dims.softcap)
         return self.o_proj(y.transpose(1, 2).flatten(2)), state
+
+    def _folded(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention under a mask, or of one token to all keys, on a GPU. The queries that share a key stand one after
+        another as rows of it: with a mask the fast kernels there do not know grouped heads, and would repeat the keys.
+        """
+        group = self.dims.heads // self.dims.kv_heads
+        tokens = q.shape[2]
+        folded = q.unflatten(1, (-1, group)).flatten(2, 3)
+        if mask is not None and group > 1:
+            mask = mask.repeat(1, 1, group, 1)
+        y = F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=self.dims.scale)
+        return y.unflatten(2, (group, tokens)).flatten(1, 2)
 
     def _capped(self, q: Tensor, k: Tensor, v: Tensor, keys: Keys, softcap: float) -> Tensor:
         """Attention with a cap on its scores, which scaled_dot_product_attention does not have; softmax in float32."""
