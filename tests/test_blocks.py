@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from postnas.blocks import BLOCKS, linear_blocks
+from postnas.blocks import BLOCKS, linear_blocks, make_block
+from postnas.blocks.dims import Dims
 from postnas.blocks.state import BLOCK as KV_SLOTS
 from postnas.blocks.state import KVState
 from postnas.models.cache import HybridCache
