@@ -1,4 +1,4 @@
-"""The gated delta rule (Yang et al., arXiv 2412.06464) in plain PyTorch: recurrent and chunked.
+"""The gated delta rule (Yang et al., arXiv 2412.06464) in plain PyTorch, recurrent and chunked; on a GPU through fla.
 
 A state S [K, V] a head decays, then learns what it does not yet say about the key:
     S <- exp(g) S;  S <- S + k (beta (v - S^T k))^T;  o = S^T q
@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from postnas.ops import fla
 
 CHUNK = 64
 """Tokens that the chunked form solves at once; longer chunks cost quadratic work, shorter ones more steps."""
@@ -32,8 +34,11 @@ def gated_delta_rule(
     segments: [B, T] integers from 0 that never fall; the state is forgotten where they rise, and `state`
     belongs to segment 0. A token with beta = 0 and g = 0 leaves the state as it was.
 
-    Returns o [B, T, H, V] in v's type and the state after the last token [B, H, K, V] float32.
+    Returns o [B, T, H, V] in v's type and the state after the last token [B, H, K, V] float32. On a GPU fla's
+    kernels take 16-bit inputs of more than one token, where a trial has shown that they are right.
     """
+    if q.is_cuda and q.shape[1] > 1 and fla.usable(q, v, segments):
+        return fla.gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta, state=state, segments=segments)
     form = recurrent_gated_delta_rule if q.shape[1] == 1 else chunk_gated_delta_rule
     with torch.autocast(q.device.type, enabled=False):  # which would round the products to bfloat16
         return form(q=q, k=k, v=v, g=g, beta=beta, state=state, segments=segments)
