@@ -119,6 +119,25 @@ def report(recipe: Recipe) -> None:
     _stage(recipe, "report")
 
 
+def warm(recipe: Recipe) -> None:
+    """Compile and try the GPU kernels that a recipe will use, so that its run begins at once."""
+    import torch
+
+    from postnas.blocks import make_block
+    from postnas.models.checkpoint import base_config
+    from postnas.ops.fla import Shape, works
+
+    if not torch.cuda.is_available():
+        raise UserError("device: there is no GPU here, and on a CPU there is nothing to warm; leave this out")
+    config = base_config(recipe.base.model)
+    for name in recipe.align.blocks:
+        with torch.device("meta"):
+            block = make_block(name, config.dims(), recipe.align.options.get(name))
+        packed = recipe.data.borders
+        shape = Shape(block.heads, block.key_dim, block.value_dim, recipe.compute, packed, gradients=True)
+        print(f"warm: {name}: {'ready' if works(shape) else 'takes the plain form'}")
+
+
 def compare(folders: list[Path], out: Path = Path("comparison.html")) -> None:
     """Write one page that compares several runs; of one run, its own report.
 
@@ -269,6 +288,7 @@ COMMANDS: dict[str, Any] = {
     "eval": evaluate,
     "bench": bench,
     "report": report,
+    "warm": warm,
     "generate": generate,
     "convert": convert,
     "export": export,

@@ -51,7 +51,7 @@ def metaspace() -> Any:
 @cache
 def smollm2() -> Any:
     root = os.environ.get("POSTNAS_TEST_CACHE") or Path.home() / ".cache" / "postnas"
-    folders = sorted(Path(root).glob("gguf/*/tokenizer.json"))
+    folders = sorted(Path(root).glob("gguf/*-2/tokenizer.json"))
     if not folders:
         pytest.skip("no converted GGUF with its tokenizer in the package cache")
     return AutoTokenizer.from_pretrained(folders[0].parent)

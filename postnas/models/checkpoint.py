@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from postnas.errors import UserError
-from postnas.files import read_json, replacing
+from postnas.files import read_json
 from postnas.models.config import HybridConfig
 from postnas.models.families import from_base
+from postnas.models.gguf import dequantised
 from postnas.models.model import HybridForCausalLM
-from postnas.sources import cache_dir, file_sha256, resolve_config, resolve_model
+from postnas.sources import resolve_config, resolve_model
 
 
 def base_folder(name: str, sha256: str | None = None) -> Path:
@@ -24,7 +23,7 @@ def base_folder(name: str, sha256: str | None = None) -> Path:
     A GGUF file is dequantised once, to float32, into the user's cache.
     """
     path = resolve_model(name, sha256)
-    return _dequantised(path) if path.suffix == ".gguf" else path
+    return dequantised(path) if path.suffix == ".gguf" else path
 
 
 def base_config(name: str) -> HybridConfig:
@@ -112,53 +111,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: is not a whole safetensors file ({error}); fetch or make it again") from error
-
-
-def _dequantised(path: Path) -> Path:
-    """The cache folder of a GGUF file, made when it is not there yet."""
-    folder = cache_dir() / "gguf" / file_sha256(path)[:24]
-    if (folder / "config.json").exists():
-        return folder
-    architecture = _gguf_architecture(path)
-    if architecture != "llama":
-        raise UserError(f"{path}: GGUF of architecture {architecture!r} is not supported; give one of llama")
-    config, weights, tokenizer = _read_gguf(path)
-    with replacing(folder) as temporary:
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save_pretrained(temporary)
-        config.save_pretrained(temporary)
-    return folder
-
-
-def _gguf_architecture(path: Path) -> str:
-    """The architecture in a GGUF's header. Raises UserError for a file that is cut off or is no GGUF."""
-    from gguf import GGUFReader
-
-    try:
-        reader = GGUFReader(path)
-        field = reader.get_field("general.architecture")
-        last = reader.tensors[-1]
-        whole = field is not None and last.data_offset + last.n_bytes <= path.stat().st_size
-    except (ValueError, IndexError, OSError) as error:
-        raise UserError(f"{path}: is not a whole GGUF file ({error}); fetch it again") from error
-    if not whole:
-        raise UserError(f"{path}: is cut off; fetch it again")
-    assert field is not None
-    return str(field.contents())
-
-
-def _read_gguf(path: Path) -> tuple[Any, dict[str, Tensor], Any]:
-    """Config, float32 weights and tokenizer of a Llama GGUF, by transformers' own reader."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    # transformers leaves a quantization_config behind that its own save_pretrained then refuses.
-    fields = {
-        k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "model_type", "dtype")
-    }
-    config = LlamaConfig(**fields)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight")
-    return config, weights, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)

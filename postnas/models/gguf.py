@@ -1,14 +1,13 @@
-"""A GGUF file as a folder of safetensors: weights by transformers' own reader, config and tokenizer from the metadata.
+"""A GGUF file as a folder of safetensors: weights by gguf-py, config and tokenizer from the metadata.
 
-transformers' reader leaves out what its table of keys does not name: Llama 3's rope factors, rope scaling, biases,
-Qwen3's head dim, most of what is peculiar to Gemma 3. So only the weights come from it, and every tensor of the file
-is accounted for.
+transformers has a reader too. It is not used: it leaves out what its table of keys does not name (Llama 3's rope
+factors, rope scaling, biases, Qwen3's head dim, most of what is peculiar to Gemma 3), and its search for names takes
+a minute where layers are many. Here every tensor of the file is accounted for.
 """
 
 from __future__ import annotations
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from postnas.errors import UserError
 from postnas.files import replacing
 from postnas.models.gguf_tokenizer import tokenizer_of
+from postnas.progress import Progress
 from postnas.sources import cache_dir, file_sha256
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
@@ -28,6 +28,13 @@ ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3":
 
 IGNORED = ("rope_freqs.weight", "attn_rot_embd")
 """Tensors that are constants: the first is turned into the config's rope, the second repeats it."""
+
+VERSION = 2
+"""Of what is made of a file. It is part of the cache folder's name, so a change of meaning never meets an old folder:
+1 had no number in its name, and cut SmolLM2's text as GPT-2 does."""
+
+PART = 2**22
+"""Values that are dequantised at a time."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class Header:
     """Metadata by key."""
     shapes: dict[str, tuple[int, ...]]
     """Of the tensors, in torch's order."""
+    tensors: dict[str, Any]
+    """gguf-py's, by name, mapped and not read."""
     rope_factors: Tensor | None
     """By what each frequency is divided, float64 [head_dim / 2]."""
 
@@ -68,10 +77,10 @@ class Header:
 def dequantised(path: Path) -> Path:
     """The cache folder of a GGUF file, made when it is not there yet: config.json, model.safetensors, a tokenizer.
 
-    Weights are float32. The folder is named after the file's SHA-256. Memory: about two copies of the weights.
+    Weights are float32. The folder is named after the file's SHA-256. Memory: one copy of the weights and one tensor.
     Raises UserError for a file that is cut off, of another architecture, or whose meaning cannot be told.
     """
-    folder = cache_dir() / "gguf" / file_sha256(path)[:24]
+    folder = cache_dir() / "gguf" / f"{file_sha256(path)[:24]}-{VERSION}"
     if (folder / "config.json").exists():
         return folder
     header = _header(path)
@@ -106,6 +115,8 @@ def _open(path: Path) -> tuple[Any, str]:
         raise UserError(f"{path}: is cut off; fetch it again")
     if name is None:
         raise UserError(f"{path}: names no architecture; fetch it again")
+    if reader.byte_order == "S":  # gguf-py turns the bytes of the metadata, and not those of quantised blocks
+        raise UserError(f"{path}: was written for machines of the other byte order; choose another")
     return reader, name
 
 
@@ -123,11 +134,10 @@ def _header(path: Path) -> Header:
     except ValueError as error:
         raise UserError(f"{path}: its metadata is damaged ({error}); fetch it again") from error
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
-    factors = None
-    for tensor in reader.tensors:
-        if tensor.name == "rope_freqs.weight":
-            factors = torch.from_numpy(np.array(dequantize(tensor.data, tensor.tensor_type), np.float64)).flatten()
-    return Header(path, name, values, shapes, factors)
+    tensors, factors = {tensor.name: tensor for tensor in reader.tensors}, None
+    if rope := tensors.get("rope_freqs.weight"):
+        factors = torch.from_numpy(np.array(dequantize(rope.data, rope.tensor_type), np.float64)).flatten()
+    return Header(path, name, values, shapes, tensors, factors)
 
 
 def _config(header: Header) -> Any:
@@ -267,34 +277,53 @@ def _llama3(header: Header, theta: float, head_dim: int, factors: Tensor) -> dic
 
 def _weights(header: Header, config: Any) -> dict[str, Tensor]:
     """Float32 weights by transformers' names, a tied head left out. Raises UserError where file and config differ."""
-    from transformers import AutoModelForCausalLM
-
-    zero = _absent_biases(header, config)
-    try:
-        # Its own config, since from_pretrained leaves a quantization_config in it that cannot be saved.
-        model = AutoModelForCausalLM.from_pretrained(
-            header.path.parent, gguf_file=header.path.name, config=deepcopy(config), dtype=torch.float32
-        )
-    except NotImplementedError as error:
-        raise UserError(
-            f"{header.path}: has a type of weights that cannot be read ({error}); choose another"
-        ) from error
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight")
-    for name in zero:
-        weights[name].zero_()
-    if header.architecture == "llama" and "llama.attention.head_count_kv" not in header.values:
-        # The reader then leaves q and k in llama.cpp's order: pairs that turn together side by side.
-        for name in weights:
-            if ".q_proj." in name or ".k_proj." in name:
-                pairs = weights[name].unflatten(0, (config.num_attention_heads, -1, 2))
-                weights[name] = pairs.transpose(1, 2).flatten(0, 2).contiguous()
+    wanted, weights = _wanted(header, config), {}
+    size = sum(header.tensors[theirs].n_bytes for theirs in wanted if theirs in header.tensors)
+    with Progress("dequantise", total=size, unit="bytes") as bar:
+        for theirs, (name, shape) in wanted.items():
+            if theirs in header.tensors:
+                weights[name] = _as_transformers(header, config, name, _dequantise(header, theirs, bar))
+            else:
+                weights[name] = torch.zeros(shape)
     return weights
 
 
-def _absent_biases(header: Header, config: Any) -> list[str]:
-    """transformers' names of biases that the model has and the file has not: they are zero.
+def _dequantise(header: Header, theirs: str, bar: Progress) -> Tensor:
+    """A tensor of the file, float32 in torch's order. Raises UserError for a type that gguf-py cannot read.
+
+    Some rows at a time, since gguf-py holds what it makes twice.
+    """
+    from gguf import dequantize
+
+    tensor = header.tensors[theirs]
+    rows = np.atleast_2d(tensor.data)
+    values = np.empty(header.shapes[theirs], np.float32)
+    out = values.reshape(len(rows), -1)
+    step = max(1, PART // out.shape[1])
+    try:
+        for at in range(0, len(rows), step):
+            out[at : at + step] = dequantize(rows[at : at + step], tensor.tensor_type)
+            bar.advance(rows[at : at + step].nbytes)
+    except NotImplementedError as error:
+        raise UserError(
+            f"{header.path}: {theirs} is of a type that cannot be read ({error}); choose another"
+        ) from error
+    return torch.from_numpy(values)
+
+
+def _as_transformers(header: Header, config: Any, name: str, weight: Tensor) -> Tensor:
+    """A weight without what llama.cpp's converter has done to it. name: transformers'."""
+    if header.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+        # Two dimensions that turn together are neighbours in llama.cpp, and half a head apart in transformers.
+        heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+        return weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    if header.architecture == "gemma3" and name.endswith("norm.weight"):
+        return weight - 1  # transformers adds it in the forward pass
+    return weight
+
+
+def _wanted(header: Header, config: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """transformers' name and shape of each weight, by the file's name. Only biases may be absent there: they are zero.
 
     Raises UserError where another tensor is missing, is left over or has a shape that the metadata do not give.
     """
@@ -311,13 +340,13 @@ def _absent_biases(header: Header, config: Any) -> list[str]:
         wanted[f"{short.get_name(stem)}.{end}"] = (name, tuple(value.shape))
     if config.tie_word_embeddings:
         del wanted["output.weight"]
-    absent = [name for name in wanted if name not in header.shapes and name.endswith(".bias")]
+    absent = {name for name in wanted if name not in header.shapes and name.endswith(".bias")}
     found = {name: shape for name, shape in header.shapes.items() if not any(part in name for part in IGNORED)}
-    for name in sorted((wanted.keys() | found.keys()) - set(absent)):
+    for name in sorted((wanted.keys() | found.keys()) - absent):
         shape = wanted[name][1] if name in wanted else "absent"
         if found.get(name, "missing") != shape:
             raise UserError(
                 f"{header.path}: {name} is {found.get(name, 'missing')} and should be {shape} in a "
                 f"{header.architecture} of its sizes; choose another"
             )
-    return [wanted[name][0] for name in absent]
+    return wanted

@@ -6,6 +6,7 @@ swaps start and end, and neither cuts text as every file asks for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,33 @@ _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3, QWEN2 = _WORDS.replace("DIGITS", "{1,3}"), _WORDS.replace("DIGITS", "")
-SPLITS: dict[str, str | None] = {
-    **dict.fromkeys(("gpt-2", "mpt", "olmo", "smollm"), None),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), QWEN2),
-}
-"""How a byte-level tokenizer cuts text before its merges, by `tokenizer.ggml.pre`. None is GPT-2's way.
 
-SmolLM2's own cuts off each digit first. It is cut GPT-2's way here, as transformers' reader does and as the caches and
-figures made so far are: 0.1% of the tokens of mixed text differ, where runs of line ends or spaces meet a digit.
-"""
+
+@dataclass(frozen=True)
+class Cut:
+    """What a byte-level tokenizer does to text before its merges."""
+
+    words: str | None = None
+    """A regular expression of the pieces; None is GPT-2's, which tokenizers has built in."""
+    digits: bool = False
+    """Each digit is a piece by itself, found before the others, so a space before it is one too."""
+    nfc: bool = False
+    """Text is brought into Unicode's normal form C first."""
+    llama3: bool = False
+    """A piece that is a token is taken whole whatever the merges say, and texts begin with bos by default."""
+
+
+CUTS = {
+    "gpt-2": Cut(),
+    **dict.fromkeys(("mpt", "olmo"), Cut(nfc=True)),
+    "smollm": Cut(digits=True),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3"), Cut(_WORDS.replace("DIGITS", "{1,3}"), llama3=True)
+    ),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), Cut(_WORDS.replace("DIGITS", ""), nfc=True)),
+}
+"""By `tokenizer.ggml.pre`, as in the published tokenizers: GPT-2, GPT-NeoX, SmolLM2, Llama 3, Qwen2. llama.cpp leaves
+the normal form out. Falcon 3 is cut as llama.cpp cuts it."""
 
 UNKNOWN, CONTROL, USER_DEFINED = 2, 3, 4
 """The values of `tokenizer.ggml.token_type` that matter here."""
@@ -44,8 +61,8 @@ def tokenizer_of(path: Path, metadata: dict[str, Any], rows: int) -> Any:
         raise UserError(f"{path}: its tokenizer is {kind!r}; give a GGUF with one of gpt2, llama")
     if len(tokens) > rows:
         raise UserError(f"{path}: has {len(tokens)} tokens and {rows} rows in token_embd.weight; convert it again")
-    if kind == "gpt2" and str(values.get("pre")) not in SPLITS:
-        raise UserError(f"{path}: tokenizer.ggml.pre is {values.get('pre')!r}; give one of {', '.join(SPLITS)}")
+    if kind == "gpt2" and str(values.get("pre")) not in CUTS:
+        raise UserError(f"{path}: tokenizer.ggml.pre is {values.get('pre')!r}; give one of {', '.join(CUTS)}")
     try:
         gemma = str(metadata.get("general.architecture")).startswith("gemma")
         if gemma:  # the file writes a run of spaces as it is, and every other space as the mark
@@ -53,7 +70,7 @@ def tokenizer_of(path: Path, metadata: dict[str, Any], rows: int) -> Any:
         backend = _byte_level(values) if kind == "gpt2" else _sentencepiece(values, in_order=gemma)
         names = {name: _named(values, name) for name in ("bos", "eos", "unknown", "padding")}
         _add_tokens(backend, values)
-        first = values.get("add_bos_token", kind == "llama" or SPLITS[values["pre"]] == LLAMA3)
+        first = values.get("add_bos_token", kind == "llama" or CUTS[values["pre"]].llama3)
         _add_ends(backend, names["bos"] if first else None, names["eos"] if values.get("add_eos_token") else None)
     except Exception as error:  # tokenizers raises nothing more precise, and all that it reads stands in the file
         raise UserError(f"{path}: its tokenizer cannot be read ({error}); convert the model again") from error
@@ -78,17 +95,19 @@ def _byte_level(values: dict[str, Any]) -> Any:
     """A tokenizers.Tokenizer over bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    split = SPLITS[values["pre"]]
+    cut = CUTS[values["pre"]]
     vocabulary = {token: number for number, token in enumerate(values["tokens"])}
     merges = [tuple(merge.split(" ")) for merge in values.get("merges", [])]
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=split == LLAMA3))
-    if split == QWEN2:
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut.llama3))
+    if cut.nfc:
         backend.normalizer = normalizers.NFC()
-    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
-    backend.pre_tokenizer = bytewise
-    if split is not None:
-        parts = [pre_tokenizers.Split(Regex(split), behavior="isolated"), bytewise]
-        backend.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    steps: list[Any] = []
+    if cut.digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if cut.words is not None:
+        steps.append(pre_tokenizers.Split(Regex(cut.words), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=cut.words is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     backend.decoder = decoders.ByteLevel()
     return backend
 
