@@ -13,7 +13,7 @@ from postnas.blocks.dims import Dims
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
 from postnas.errors import UserError
-from postnas.ops.dynamic_conv import causal_conv
+from postnas.ops.dynamic_conv import dynamic_conv
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,10 @@ class JetOptions(DeltaOptions):
 
 
 class KernelGenerator(nn.Module):
-    """w2(SiLU(w1 x)): a kernel of W taps for each of D channels, from the token itself."""
+    """The weights of w2(SiLU(w1 x)): a kernel of W taps for each of D channels, from the token itself.
+
+    w2's rows hold the taps of a channel side by side. Its product belongs to the convolution, see `ops.dynamic_conv`.
+    """
 
     def __init__(self, hidden: int, channels: int, taps: int, reduction: int) -> None:
         super().__init__()
@@ -51,19 +54,6 @@ class KernelGenerator(nn.Module):
         self.w2.weight.zero_()
         self.w2.bias.zero_()
         self.w2.bias.view(self.channels, self.taps)[:, -1] = 1.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, hidden] -> taps [W, B, T, D], the last tap on the token itself.
-
-        w2's rows hold the taps of a channel side by side. For many tokens one product a tap gives each tap
-        as a dense tensor; for one token that would only copy the weights.
-        """
-        if x.shape[1] == 1:
-            return self.w2(F.silu(self.w1(x))).unflatten(-1, (self.channels, self.taps)).movedim(-1, 0)
-        weight = self.w2.weight.unflatten(0, (self.channels, self.taps)).permute(1, 2, 0)
-        bias = self.w2.bias.unflatten(0, (self.channels, self.taps)).T[:, None]
-        inner = F.silu(self.w1(x)).flatten(0, 1).expand(self.taps, -1, -1)
-        return torch.baddbmm(bias, inner, weight).unflatten(1, x.shape[:2])
 
 
 class DynamicConv(nn.Module):
@@ -86,16 +76,20 @@ class Jet(DeltaMixer):
 
     def forward(self, x: Tensor, step: Step, state: LinearState | None = None) -> tuple[Tensor, LinearState | None]:
         """x: [B, T, hidden] -> y of the same shape; `state` is changed in place."""
-        v, conv = causal_conv(
+        generator = self.dynamic_conv1d.kernel_generator
+        v, conv = dynamic_conv(
             step.mask(self.v_proj(x)),
-            self.dynamic_conv1d.kernel_generator(x),
+            F.silu(generator.w1(x)),
+            generator.w2.weight,
+            generator.w2.bias,
             history=None if state is None else state.conv,
             segments=step.segments,
             lengths=step.lengths,
+            silu=True,
         )
         if state is not None:
             state.store(conv=conv)
-        return self.mix(x, F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), F.silu(v), step, state), state
+        return self.mix(x, F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), v, step, state), state
 
     def extra_flops(self) -> int:
         generator = self.dynamic_conv1d.kernel_generator

@@ -1,13 +1,79 @@
 """Causal depthwise convolution whose taps may differ from token to token (the JetBlock's dynamic convolution).
 
-A static convolution is the same function with taps that do not depend on the token.
+`causal_conv` is given its taps; a static convolution is the same function with taps that do not depend on the
+token. `dynamic_conv` makes each token's taps from the kernel generator's inner activations on the way. The plain
+forms run anywhere; on a GPU the kernels of `dynamic_conv_triton` take over, which import triton only then.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the Triton kernels compute; sums are float32 in all of them."""
+WIDEST = 8
+"""Taps that the Triton kernels are written for."""
+
+
+def dynamic_conv(
+    x: Tensor,
+    inner: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    history: Tensor | None = None,
+    segments: Tensor | None = None,
+    lengths: Tensor | None = None,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """y[t, d] = sum over w of k[t, d, w] * x[t - W + 1 + w, d], with k[t] = inner[t] @ weight.T + bias.
+
+    x: [B, T, D]; inner: [B, T, R]; weight: [D * W, R] and bias: [D * W], the taps of a channel side by side,
+    the last tap on the token itself. silu: give SiLU(y). history, segments, lengths and both results as in
+    `causal_conv`. Gradients reach x, inner, weight and bias; into `history` they need not.
+
+    On a GPU the taps never reach memory, and the weight is used in inner's type.
+    """
+    form = plain_dynamic_conv
+    if _has_kernels(x, weight.shape[0] // x.shape[-1]):
+        from postnas.ops import dynamic_conv_triton
+
+        form = dynamic_conv_triton.dynamic_conv
+    return form(x, inner, weight, bias, history=history, segments=segments, lengths=lengths, silu=silu)
+
+
+def plain_dynamic_conv(
+    x: Tensor,
+    inner: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    history: Tensor | None = None,
+    segments: Tensor | None = None,
+    lengths: Tensor | None = None,
+    silu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`dynamic_conv` in plain PyTorch, on any device and in any type."""
+    taps = generated_taps(inner, weight, bias, x.shape[-1])
+    y, kept = plain_causal_conv(x, taps, history=history, segments=segments, lengths=lengths)
+    return F.silu(y) if silu else y, kept
+
+
+def generated_taps(inner: Tensor, weight: Tensor, bias: Tensor, channels: int) -> Tensor:
+    """inner [B, T, R], weight [D * W, R], bias [D * W] -> taps [W, B, T, D].
+
+    For many tokens one product a tap gives each tap as a dense tensor; for one token that would only
+    copy the weights.
+    """
+    taps = weight.shape[0] // channels
+    if inner.shape[1] == 1:
+        return F.linear(inner, weight, bias).unflatten(-1, (channels, taps)).movedim(-1, 0)
+    by_tap = weight.unflatten(0, (channels, taps)).permute(1, 2, 0)
+    start = bias.unflatten(0, (channels, taps)).T[:, None]
+    return torch.baddbmm(start, inner.flatten(0, 1).expand(taps, -1, -1), by_tap).unflatten(1, inner.shape[:2])
 
 
 def causal_conv(
@@ -27,6 +93,22 @@ def causal_conv(
 
     Returns y [B, T, D] in x's type and the last W - 1 inputs of each row, [B, W - 1, D].
     """
+    form = plain_causal_conv
+    if taps.ndim == 4 and _has_kernels(x, taps.shape[0]):
+        from postnas.ops import dynamic_conv_triton
+
+        form = dynamic_conv_triton.causal_conv
+    return form(x, taps, history=history, segments=segments, lengths=lengths)
+
+
+def plain_causal_conv(
+    x: Tensor,
+    taps: Tensor,
+    history: Tensor | None = None,
+    segments: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv` in plain PyTorch, on any device and in any type."""
     width = taps.shape[0]
     length = x.shape[1]
     if history is None:
@@ -42,12 +124,41 @@ def causal_conv(
         if segments is not None:
             past = past * (owners[:, w : w + length] == segments)[..., None]
         y = torch.addcmul(y, tap, past)
+    return y, last_inputs(x, width, history=history, segments=segments, lengths=lengths)
+
+
+def last_inputs(
+    x: Tensor,
+    width: int,
+    history: Tensor | None = None,
+    segments: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """The last `width` - 1 inputs of each row, [B, W - 1, D], as a copy: x's real tokens, before them `history`.
+
+    What another segment than the last left is zero, since it must not reach the next chunk.
+    """
+    keep, (batch, length, channels) = width - 1, x.shape
+    old = x.new_zeros(batch, keep, channels) if history is None else history.to(x.dtype)
     if lengths is None and segments is None:
-        return y, padded[:, length:]
-    ends = lengths if lengths is not None else torch.full((x.shape[0],), length, device=x.device)
-    last = ends[:, None] + torch.arange(width - 1, device=x.device)
-    kept = padded.gather(1, last[..., None].expand(-1, -1, x.shape[-1]))
-    if segments is not None:  # what another segment left must not reach the next chunk
-        final = owners.gather(1, (ends + width - 2)[:, None])
-        kept = kept * (owners.gather(1, last) == final)[..., None]
-    return y, kept
+        return x[:, length - keep :].clone() if length >= keep else torch.cat([old[:, length:], x], dim=1)
+    ends = lengths if lengths is not None else torch.full((batch,), length, device=x.device)
+    place = ends[:, None] + torch.arange(-keep, 0, device=x.device)  # below zero it stands in `history`
+    of_x = x.gather(1, place.clamp(min=0)[..., None].expand(-1, -1, channels))
+    of_old = old.gather(1, (place + keep).clamp(max=keep - 1)[..., None].expand(-1, -1, channels))
+    kept = torch.where((place >= 0)[..., None], of_x, of_old)
+    if segments is not None:
+        final = segments.gather(1, (ends - 1).clamp(min=0)[:, None]).masked_fill(ends[:, None] == 0, 0)
+        owners = segments.gather(1, place.clamp(min=0)).masked_fill(place < 0, 0)
+        kept = kept * (owners == final)[..., None]
+    return kept
+
+
+def _has_kernels(x: Tensor, width: int) -> bool:
+    """May the Triton kernels take x [B, T, D]? One token a row is decoding, which they are not made for."""
+    return x.is_cuda and x.shape[1] > 1 and x.dtype in KERNEL_TYPES and 2 <= width <= WIDEST and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
