@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from postnas.errors import UserError
-from postnas.recipe import DTYPES, STARTS, Recipe
+from postnas.recipe import DTYPES, STARTS, Evaluate, Recipe
 
 
 def run(recipe: Recipe) -> None:
@@ -96,6 +96,9 @@ def evaluate_model(
     if not names and text is None:
         raise UserError("tasks: none is given; name some with --tasks or --suite, or a text with --text")
     sizes = (perplexity_tokens, length, copy_passages, copy_tokens, copy_filler)
+    Evaluate(names, limit, *sizes, allow_code)  # refuses what a recipe's section would
+    if threads < 1:
+        raise UserError(f"threads: {threads} is not possible; give 1 or more")
     settings = Settings(model, base, names, limit, text, *sizes, allow_code, seed, dtype, threads)
     print(table(evaluate_alone(settings, out, _device(device))))
     print(f"eval: wrote {out / 'eval.json'}")

@@ -91,7 +91,7 @@ TASKS = {  # task: (metrics of its records, chance, what the base gets right, th
     "winogrande": (("accuracy", "accuracy_norm"), 0.5, 0.52, 1.0),
     "basic_skills_logical_reasoning": (("accuracy", "accuracy_norm"), 0.25, 0.55, 0.9),
     "gsm8k": (("exact",), 0.0, 0.02, 0.5),
-    "math_500": (("exact",), 0.0, 0.01, 0.5),
+    "minerva_math_500": (("exact",), 0.0, 0.01, 0.5),
     "triviaqa": (("exact", "f1"), 0.0, 0.12, 0.8),
     "nq_open": (("exact", "f1"), 0.0, 0.06, 0.8),
     "squad": (("exact", "f1"), 0.0, 0.33, 0.7),

@@ -266,15 +266,15 @@ def test_row_without_an_answer_is_one_line() -> None:
 
 WRITTEN = {
     "gsm8k": 1319,
-    "math_500": 500,
-    "math": 5000,
+    "minerva_math_500": 500,
+    "minerva_math": 5000,
     "squad": 1000,
     "drop": 1000,
     "triviaqa": 7988,
     "nq_open": 1000,
     "lambada": 5153,
 }
-SHOTS = {"gsm8k": 4, "math_500": 4, "math": 4, "drop": 3, "triviaqa": 5, "nq_open": 5}
+SHOTS = {"gsm8k": 4, "minerva_math_500": 4, "minerva_math": 4, "drop": 3, "triviaqa": 5, "nq_open": 5}
 SKILLS = {
     "arithmetic": 1047,
     "coding": 1012,
@@ -311,7 +311,7 @@ def test_written_task_reads_its_file(cached: None, name: str) -> None:
         assert all(len(q.answers) == 1 and q.answers[0] == " " + q.answers[0].strip() for q in found)
         return
     worth = [grade(task, " " + question.answers[0], question.answers) for question in found]
-    assert all(set(values.values()) == {1.0} for values in worth if name not in ("math", "math_500"))
+    assert all(set(values.values()) == {1.0} for values in worth if name not in ("minerva_math", "minerva_math_500"))
     # A solution may have blank lines, where an answer would end: most have none.
     assert sum(values["exact"] for values in worth if "exact" in values) > 0.5 * len(found)
 
@@ -323,7 +323,7 @@ def test_written_task_has_its_examples(cached: None, name: str) -> None:
     assert ("\n\n" + first.prompt).count("\n\n" + task.get("shots_begin", "Question: ")) == SHOTS[name] + 1
 
 
-@pytest.mark.parametrize("name", ["math", "math_500"])
+@pytest.mark.parametrize("name", ["minerva_math", "minerva_math_500"])
 def test_every_solution_has_its_own_answer(cached: None, name: str) -> None:
     task = task_of(name)
     for question in questions(task, records(task)):

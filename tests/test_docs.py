@@ -1,9 +1,8 @@
-"""The documents say what is so: the example block works, files, links and commands are there, tables are rendered."""
+"""The documents say what is so: the example block works, files, links, commands and tasks are there."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import re
 import shlex
 import sys
@@ -11,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -24,6 +22,9 @@ from postnas.blocks import BLOCKS, linear_blocks
 from postnas.commands import COMMANDS
 from postnas.data import load_tokenizer
 from postnas.errors import UserError
+from postnas.evaluate import groups, long
+from postnas.evaluate.suite import measures
+from postnas.evaluate.task import load_task, task_names
 from postnas.models.config import HybridConfig
 from postnas.models.convert import convert
 from postnas.models.load import load
@@ -32,10 +33,10 @@ from postnas.pipeline import run
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-RESULTS = {
-    f"{name}.json"
-    for name in ("blocks-h100", "demo-cpu", "generation-cpu", "jetblock-h100", "offline-suite", "placement-h100")
-}
+DESIGN = ROOT / "docs" / "design.md"
+EVALUATION = ROOT / "docs" / "evaluation.md"
+COMING = "blocks-h100 demo-cpu generation-cpu jet-nemotron-2b-cpu jetblock-h100 offline-suite placement-h100"
+RESULTS = {f"{name}.json" for name in COMING.split()}
 """Figures that a document may point at before their benchmark has run."""
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -191,9 +192,12 @@ def listed_files(tree: str) -> list[str]:
     return found
 
 
-def package_files() -> list[str]:
+def package_files() -> set[str]:
+    """All files of the package, the tasks of the evaluation as one pattern."""
     paths = (path for path in (ROOT / "postnas").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    return sorted(path.relative_to(ROOT).as_posix() for path in paths)
+    names = {path.relative_to(ROOT).as_posix() for path in paths}
+    tasks = {name for name in names if name.startswith("postnas/evaluate/tasks/") and name.endswith(".yaml")}
+    return names - tasks | {"postnas/evaluate/tasks/*.yaml"}
 
 
 def file_tree(path: Path) -> str:
@@ -201,15 +205,23 @@ def file_tree(path: Path) -> str:
     return tree
 
 
-@pytest.mark.parametrize("path", [README, ROOT / "docs" / "design.md"], ids=lambda path: path.name)
-def test_file_tree_lists_the_package_exactly(path: Path) -> None:
-    listed = listed_files(file_tree(path))
-    assert sorted(listed) == package_files()
+def test_design_tree_lists_the_package_exactly() -> None:
+    listed = listed_files(file_tree(DESIGN))
+    assert len(listed) == len(set(listed))
+    assert set(listed) == package_files()
 
 
-@pytest.mark.parametrize("path", [README, ROOT / "docs" / "design.md"], ids=lambda path: path.name)
-def test_each_file_of_the_tree_has_a_comment(path: Path) -> None:
-    bare = [line for line in file_tree(path).splitlines() if len(line.split()) < 2 and not line.endswith("/")]
+def test_readme_tree_lists_the_folders_exactly() -> None:
+    folders = {f"{Path(name).parent.as_posix()}/" for name in package_files()} - {"postnas/"}
+    lines = file_tree(README).splitlines()[1:]
+    assert sorted(line.split()[0] for line in lines if not line.startswith("  *.py ")) == sorted(
+        folder.removeprefix("postnas/") for folder in folders
+    )
+    assert [line for line in lines if len(line.split()) < 2] == []
+
+
+def test_each_file_of_the_tree_has_a_comment() -> None:
+    bare = [line for line in file_tree(DESIGN).splitlines() if len(line.split()) < 2 and not line.endswith("/")]
     assert bare == []
 
 
@@ -320,76 +332,32 @@ def test_paper_index_names_what_is_in_its_files() -> None:
         assert [name for name in re.findall(r"\w+", names) if not hasattr(module, name)] == [], path
 
 
-# Rendered tables
+# The tables of evaluation.md
 
 
-def render_module() -> Any:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def table(path: Path, first: str) -> list[list[str]]:
+    """The cells of a table's rows, code marks left out. first: the name of its first column."""
+    _, rest = path.read_text(encoding="utf-8").split(f"\n| {first} |", 1)
+    lines = rest.split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip().strip("`") for cell in line.strip("|").split(" | ")] for line in lines]
 
 
-def row(model: str, metric: str, value: float, stderr: float | None = None) -> dict[str, Any]:
-    return {"model": model, "metric": metric, "value": value, "stderr": stderr}
+def test_evaluation_lists_every_task_as_it_is() -> None:
+    rows = {name: cells for name, *cells in table(EVALUATION, "task | n")}
+    assert sorted(rows) == task_names()
+    for name, (count, kind, form, metrics, licence) in rows.items():
+        task = load_task(name)
+        lines = (ROOT / "postnas" / "evaluate" / "tasks" / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+        counts = re.findall(r"[\d,]*\d", " ".join(line for line in lines if line.startswith("#")))
+        assert count in counts, name
+        measured = ", ".join(measure.metric for measure in measures(task))
+        assert (kind, metrics, licence) == (task.kind, measured, task.licence), name
+        assert task.form in (None, form), name
 
 
-def result(*rows: dict[str, Any]) -> dict[str, Any]:
-    about = {"command": "postnas run x.yaml", "device": "2 cores", "torch": "2.13.0", "date": "2026-11-24"}
-    return about | {"rows": list(rows)}
-
-
-def test_readme_table_is_what_render_makes() -> None:
-    render = render_module()
-    text = README.read_text(encoding="utf-8")
-    source = ROOT / "benchmarks" / "results" / "demo-cpu.json"
-    if source.exists():
-        assert render.rendered(text, "demo-cpu", ROOT / "benchmarks" / "results") == text
-    else:
-        assert not re.search(r"\d", render.block(text, "demo-cpu")), "a figure that nothing made"
-
-
-def test_render_keeps_everything_but_the_block() -> None:
-    render = render_module()
-    text = "before\n<!-- demo-cpu -->\nold\n<!-- /demo-cpu -->\nafter\n"
-    new = render.replaced(text, "demo-cpu", "| new |")
-    assert new == "before\n<!-- demo-cpu -->\n| new |\n<!-- /demo-cpu -->\nafter\n"
-    assert render.block(new, "demo-cpu") == "| new |"
-
-
-def test_render_without_markers_is_one_line() -> None:
-    with pytest.raises(UserError, match="demo-cpu"):
-        render_module().replaced("no markers", "demo-cpu", "x")
-
-
-def test_render_writes_values_in_their_units() -> None:
-    table = render_module().demo(
-        result(
-            row("base", "perplexity", 15.904, 0.51),
-            row("hybrid", "perplexity", 18.2),
-            row("base", "copy_accuracy", 0.812, 0.011),
-            row("base", "decode_tokens_per_s@8192", 12.34),
-            row("base", "cache_bytes@8192", 180 * 2**20),
-            row("hybrid", "linear_layers", 15.0),
-            row("hybrid", "seconds", 1234.4),
-            row("hybrid", "peak_bytes", 3 * 2**30),
-        )
-    )
-    lines = table.splitlines()
-    assert lines[0] == "| | base | hybrid |"
-    assert "| perplexity | 15.90 ± 0.51 | 18.20 |" in lines
-    assert "| copy accuracy | 81.2% ± 1.1 | – |" in lines
-    assert "| decode tokens/s at 8K | 12.3 | – |" in lines
-    assert "| cache a sequence at 8K | 180.0 MiB | – |" in lines
-    assert "| linear layers | – | 15 |" in lines
-    assert "| seconds, all stages | – | 1,234 |" in lines
-    assert "| peak memory | – | 3.00 GiB |" in lines
-    assert lines[-1] == "`postnas run x.yaml`; 2 cores, torch 2.13.0, 2026-11-24; ± is one standard error."
-
-
-def test_render_shows_what_it_knows_and_signs_differences() -> None:
-    rows = [row("base", "copy_nll", 0.8), row("hybrid", "piqa_accuracy_difference", -0.015, 0.012)]
-    lines = render_module().demo(result(*rows)).splitlines()
-    assert "| PIQA, points against the base | – | -1.5 ± 1.2 |" in lines
-    assert not any("0.8" in line for line in lines)
+def test_evaluation_lists_the_long_tasks_and_the_groups() -> None:
+    assert table(EVALUATION, "task | what is asked") == [[name, task.about] for name, task in long.TASKS.items()]
+    members = [(group, member) for group in groups.group_names()[:-1] for member in groups.resolve(group)]
+    assert table(EVALUATION, "group") == [
+        [group, one.name, str(one.shots), one.ours or "–", one.harness or "–"] for group, one in members
+    ]

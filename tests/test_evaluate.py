@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from postnas.errors import UserError
-from postnas.evaluate import perplexity as perplexity_module
 from postnas.evaluate import choice, suite, verdict
+from postnas.evaluate import perplexity as perplexity_module
 from postnas.evaluate.choice import Row, score
 from postnas.evaluate.perplexity import perplexity, token_nll
 from postnas.evaluate.recall import copy, copy_batch

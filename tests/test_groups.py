@@ -13,7 +13,7 @@ import yaml
 from postnas.errors import UserError
 from postnas.evaluate import groups, harness
 from postnas.evaluate.groups import Member, group_names, resolve, runnable
-from postnas.evaluate.task import task_names
+from postnas.evaluate.task import load_task, task_names
 from tests.tiny import WORDS, make_base
 
 HARNESS = [member for member in resolve("paper") if member.harness]
@@ -244,3 +244,11 @@ def test_the_file_has_no_field_that_a_member_lacks() -> None:
 @pytest.mark.parametrize("member", [m for m in resolve("paper") if m.ours], ids=lambda member: member.name)
 def test_ours_is_a_task(member: Member) -> None:
     assert member.ours in task_names()
+
+
+@pytest.mark.parametrize("member", resolve("retrieval"), ids=lambda member: member.name)
+def test_ours_of_the_retrieval_tasks_reads_what_the_harness_reads(member: Member) -> None:
+    assert member.ours is not None and member.data is not None
+    task = load_task(member.ours)
+    assert task.source.partition("@")[0] == f"hf:{member.data.partition(':')[0]}"
+    assert (task.metric, task.shots) == (member.metric, None)

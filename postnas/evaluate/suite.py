@@ -41,7 +41,7 @@ def wanted(names: Sequence[str], allow_code: bool) -> tuple[list[Wanted], list[d
             task = load_task(name)
             if task.kind == "code" and (reason := _no_code(allow_code)):
                 raise UserError(f"evaluate.tasks: {name} {reason}")
-            found[name] = Wanted(task)
+            found[task.name] = Wanted(task)
             continue
         for member in groups.resolve(name):
             if member.ours is None:

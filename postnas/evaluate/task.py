@@ -23,7 +23,7 @@ class Task:
     """One YAML of tasks/ under its file's name, or a long-context task with its length, as in `needle@4096`."""
 
     name: str
-    """The file's name without .yaml."""
+    """The file's name without .yaml; of a long-context task NAME@TOKENS, the tokens as a plain number."""
     source: str
     """A file or several, as `postnas.sources.records` reads them."""
     licence: str
@@ -96,7 +96,7 @@ def _long(name: str) -> Task:
     length = int(found[1]) * (1024 if found[2] else 1)
     task = long.TASKS[known]
     return Task(
-        name=name,
+        name=f"{known}@{length}",  # so that needle@4k and needle@4096 are one task
         source="made by postnas.evaluate.long",
         licence="none: made here",
         split="made",

@@ -12,6 +12,7 @@ from postnas.evaluate import suite
 from postnas.evaluate.measure import Measure, Outputs, field
 from postnas.evaluate.perplexity import CausalLM, from_nll, mean_stderr, perplexity
 from postnas.evaluate.recall import copy, copy_batch
+from postnas.evaluate.suite import Wanted
 
 KEPT_NEEDS = 5.0  # standard errors above chance: a share of less than that is mostly noise
 PERPLEXITY = (Measure("perplexity", field("nll"), exponential=True),)
@@ -48,40 +49,53 @@ def evaluate(
     record a row}}, from which all figures follow. n counts rows, passages, or for perplexity predicted tokens (paired:
     sequences). Nothing in it depends on interruptions: `save` gets the result so far after each model's task, and
     `done`, such a result made with the same models, text and settings, spares what it holds. It survives JSON. Bad
-    input is found before any model runs, as UserError: an unknown task, too little held-out text.
+    input is found before any model runs, as UserError: an unknown task, too little held-out text, a named task whose
+    rows cannot be had or whose length no prompt fits.
     """
     known, skipped = suite.wanted(tasks, allow_code)
     sequences = check_text(heldout, perplexity_tokens, length, copy_passages, copy_tokens, copy_filler, seed)
-    measures: dict[str, tuple[Measure, ...]] = {"perplexity": PERPLEXITY} if perplexity_tokens else {}
-    measures |= {"copy": COPY} if copy_passages else {}
-    measures |= {one.task.name: suite.measures(one.task) for one in known}
-    own = {one.task.name: one for one in known}
     kept = done["outputs"] if done else {}
     outputs: dict[str, dict[str, Outputs]] = {model: dict(kept.get(model, {})) for model in models}
-    for name in list(measures):
-        missing = [model for model in models if name not in outputs[model]]
-        rows: list[Any] = []
-        if missing and name in own:
-            try:
-                rows = suite.rows(own[name].task, tokenizer, limit, seed)
-            except UserError as error:
-                if own[name].group is None:
-                    raise
-                skipped.append({"task": name, "reason": str(error)})
-                del measures[name]
-                continue
-        for model in missing:
+    needed = [one for one in known if any(one.task.name not in found for found in outputs.values())]
+    rows, without = _rows(needed, tokenizer, limit, seed)
+    skipped += without
+    own = {one.task.name: one.task for one in known if one not in needed or one.task.name in rows}
+    measures: dict[str, tuple[Measure, ...]] = {"perplexity": PERPLEXITY} if perplexity_tokens else {}
+    measures |= {"copy": COPY} if copy_passages else {}
+    measures |= {name: suite.measures(task) for name, task in own.items()}
+    for name in measures:
+        for model in [model for model in models if name not in outputs[model]]:
             if name == "perplexity":
                 nll = perplexity(models[model], sequences)["nll"]
                 found = [{"id": index, "nll": value, "tokens": length - 1} for index, value in enumerate(nll)]
             elif name == "copy":
                 found = copy(models[model], heldout, copy_passages, copy_tokens, copy_filler, seed)["passages"]
             else:
-                found = suite.outputs(own[name].task, models[model], tokenizer, rows, f"{name} ({model})")
+                found = suite.outputs(own[name], models[model], tokenizer, rows[name], f"{name} ({model})")
             outputs[model][name] = found
             if save:
                 save(result(measures, outputs, skipped, seed))
+        rows.pop(name, None)
     return result(measures, outputs, skipped, seed)
+
+
+def _rows(
+    needed: Sequence[Wanted], tokenizer: Any, limit: int | None, seed: int
+) -> tuple[dict[str, list[Any]], list[dict[str, str]]]:
+    """Each task's rows by its name, and what of a group has none: {task, reason}. Raises UserError for a named task.
+
+    All are kept until their task is done: long prompts take too long to make them twice.
+    """
+    rows: dict[str, list[Any]] = {}
+    without = []
+    for one in needed:
+        try:
+            rows[one.task.name] = suite.rows(one.task, tokenizer, limit, seed)
+        except UserError as error:
+            if one.group is None:
+                raise
+            without.append({"task": one.task.name, "reason": str(error)})
+    return rows, without
 
 
 def check_text(

@@ -16,7 +16,8 @@ from postnas.evaluate.task import Task, encoded
 from postnas.progress import Progress
 
 TAIL = 16
-"""Tokens that are read back after each new one, to see whether a stop text has come: longer than any of them."""
+"""Tokens that are read back after each new one, to see whether a stop text has come: longer than any of them. As many
+of the prompt stand before what was written when it is decoded."""
 
 
 def last_words(model: Any, tokenizer: Any, rows: Sequence[Question], batch_tokens: int, label: str) -> Outputs:
@@ -93,17 +94,44 @@ def _written(
     assert task.max_new_tokens is not None
     ends = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    asked = tokenizer(list(prompts))["input_ids"]
     made = generate(
         model,
-        tokenizer(list(prompts))["input_ids"],
+        asked,
         max_new_tokens=task.max_new_tokens,
-        stop=_stops(tokenizer, stop) if stop else None,
+        # All that a stop text needs is some text before it, so that of one prompt does for all.
+        stop=_stops(_behind(tokenizer, asked[0]), stop) if stop else None,
         end_ids=ends,
         batch_tokens=batch_tokens,
         label=label,
     )
-    return [tokenizer.decode([token for token in tokens if token not in ends]) for tokens in made]
+    return [
+        _behind(tokenizer, prompt)([token for token in tokens if token not in ends])
+        for prompt, tokens in zip(asked, made, strict=True)
+    ]
 
 
-def _stops(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], bool]:
-    return lambda tokens: any(text in tokenizer.decode(tokens[-TAIL:]) for text in stop)
+def _behind(tokenizer: Any, prompt: list[int]) -> Callable[[list[int]], str]:
+    """Decodes tokens as what stands behind the prompt.
+
+    Decoded by themselves they are the beginning of a text, whose first space SentencePiece's decoder drops: a program
+    would lose indentation. So the prompt's last tokens stand before them, and what those decode to is cut off.
+    """
+    # Where a character has several tokens, they must not begin inside it: one of four starts is a character's.
+    ends = [prompt[-count:] for count in range(TAIL, TAIL + 4)]
+    before = next((end for end in ends if "\ufffd" not in tokenizer.decode(end)), ends[0])
+    head = tokenizer.decode(before)
+
+    def text(tokens: list[int]) -> str:
+        whole = tokenizer.decode([*before, *tokens])
+        return whole[len(head) :] if whole.startswith(head) else tokenizer.decode(tokens)
+
+    return text
+
+
+def _stops(text_of: Callable[[list[int]], str], stop: Sequence[str]) -> Callable[[list[int]], bool]:
+    def stopped(tokens: list[int]) -> bool:
+        end = text_of(tokens[-TAIL:])
+        return any(text in end for text in stop)
+
+    return stopped
