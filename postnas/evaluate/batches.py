@@ -26,8 +26,8 @@ from postnas.progress import Progress
 
 PREFIX = 32
 """A common prefix of fewer tokens is not worth a forward pass of its own."""
-WORTH = 1 / 5
-"""A cache is shared where that saves at least this part of the tokens; below, its copies can cost more."""
+WORTH = 1 / 3
+"""A cache is shared where that saves at least this part of the tokens; below, its copies cost more (PIQA on a CPU)."""
 PIECE = 1024
 """Columns that one forward pass takes where attention needs a mask, which grows with columns times keys."""
 

@@ -346,7 +346,8 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         )
         h = output.last_hidden_state
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = capped(self.lm_head(h[:, kept]), self.config.final_logit_softcapping)
+        # Contiguous, since a product of a slice of rows would copy the head once for each row of the batch.
+        logits = capped(self.lm_head(h[:, kept].contiguous()), self.config.final_logit_softcapping)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES: dict[torch.dtype, tuple[int, int, int]] = {torch.float32: (64, 4, 1), torch.bfloat16: (64, 2, 1)}
+TILES: dict[torch.dtype, tuple[int, int, int]] = {torch.float32: (64, 4, 1), torch.bfloat16: (64, 2, 3)}
 """Columns of a tile, warps and stages of a program, by the state's type: the fastest on an H100, or within a few
 percent, at each batch from 1 to 384 that was tried (benchmarks/jetblock_h100.py)."""
 
