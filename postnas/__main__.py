@@ -75,12 +75,21 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"command: {name!r} is unknown; {_near(name, COMMANDS, 'see postnas --help')}")
     if takes_recipe(command):
         return command, {"recipe": read_recipe(name, arguments)}
-    if command is compare:  # several words are one list
-        count = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
-        arguments = [json.dumps(arguments[:count]), *arguments[count:]]
+    if command is compare:
+        arguments = _listed(arguments)
     parser = _parser(name, command)
     parser.add_function_arguments(command, as_group=False, as_positional=True)
     return command, _parsed(parser, arguments, typing.get_type_hints(command)).as_dict()
+
+
+def _listed(arguments: list[str]) -> list[str]:
+    """The arguments with the words that are no flag and no flag's value as one list in front, as jsonargparse wants."""
+    words: list[str] = []
+    flags: list[str] = []
+    for word in arguments:
+        value = bool(flags) and flags[-1].startswith("--") and "=" not in flags[-1]
+        (flags if word.startswith("-") or value else words).append(word)
+    return [json.dumps(words), *flags]
 
 
 def read_recipe(name: str, arguments: list[str]) -> Recipe:

@@ -44,7 +44,7 @@ def train(recipe: Recipe) -> None:
 
 
 def evaluate(recipe: Recipe) -> None:
-    """Measure what was kept: perplexity, recall, multiple choice."""
+    """Measure what was kept, by a recipe; `postnas eval MODEL --help` tells how to measure any model."""
     _stage(recipe, "evaluate")
 
 
@@ -118,7 +118,7 @@ def bench(recipe: Recipe) -> None:
 
 
 def report(recipe: Recipe) -> None:
-    """Write report.html and the model card from what a run has measured."""
+    """Write a run's report and model card, by its recipe; `postnas report RUN RUN ...` compares runs."""
     _stage(recipe, "report")
 
 
@@ -304,13 +304,10 @@ def variant(name: str, arguments: list[str]) -> Any:
 
     `eval` and `report` take a recipe, or what a recipe made: a model, several run directories.
     """
-    first = arguments[0] if arguments else ""
-    recipe = not first or first.startswith("-") or Path(first).suffix in (".yaml", ".yml")
-    if name == "eval" and not recipe:
-        return evaluate_model
-    if name == "report" and not recipe:
-        return compare
-    return COMMANDS.get(name)
+    recipe = any(Path(word).suffix in (".yaml", ".yml") for word in arguments)
+    if recipe or all(word.startswith("-") for word in arguments):
+        return COMMANDS.get(name)
+    return {"eval": evaluate_model, "report": compare}.get(name, COMMANDS.get(name))
 
 
 def takes_recipe(command: Any) -> bool:

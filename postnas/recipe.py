@@ -122,7 +122,7 @@ class Place:
     strategy: str = "swap"
     """`swap`, `greedy`, `uniform` or `random`."""
     budget: int = 15
-    """Layers that keep full attention."""
+    """Layers that keep the base's attention, full or windowed."""
     block: str = "jet"
     """The linear block of all other layers."""
     objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0, "copy": 1.0})
