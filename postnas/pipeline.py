@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from postnas.blocks import linear_blocks, make_block
 from postnas.data import Tokens, load_tokenizer, prepare
@@ -33,12 +32,15 @@ from postnas.models.supernet import Supernet
 from postnas.recipe import STAGES, Recipe, differences
 from postnas.report.card import model_card
 from postnas.report.html import write_report
+from postnas.search import objectives
 from postnas.search.placement import place
-from postnas.search.scores import Scorer, score_sequences
+from postnas.search.scores import Scorer
 from postnas.search.strategies import STRATEGIES
+from postnas.search.windows import window_candidates
 from postnas.train import parallel
 from postnas.train.align import Keys, align_candidates, candidate_keys, digest, load_candidates
 from postnas.train.distill import train_all, train_mixers
+from postnas.train.paths import load_paths, path_keys, train_paths
 
 
 @dataclass
@@ -89,19 +91,33 @@ class Run:
 
     @cached_property
     def supernet(self) -> Supernet:
-        """The base with the aligned candidates."""
-        return Supernet(self.base, load_candidates(self.base, self.recipe.align, self.folder, self.keys))
+        """The base with its candidates: the aligned ones, or where there are such, those that learnt inside paths."""
+        aligned = Supernet(self.base, load_candidates(self.base, self.recipe.align, self.folder, self.keys))
+        net = load_paths(aligned, self.folder, self.made) if self.recipe.paths.tokens else aligned
+        if self.recipe.place.windows:
+            net.candidates["swa"] = window_candidates(self.base, self.recipe.place.window)
+        return net
+
+    @cached_property
+    def made(self) -> Keys:
+        """What the candidates that are placed are made from."""
+        recipe = self.recipe
+        if not recipe.paths.tokens:
+            return self.keys
+        return path_keys(self.keys, recipe.paths, recipe.seed, self.compute, recipe.data.borders)
 
     def scorer(self) -> Scorer:
         """Scores placements on the held-out half that nothing else is measured on."""
-        key = digest(self.keys, self.recipe.place.tokens, self.recipe.seed)
+        place = self.recipe.place
+        key = digest(self.made, place.tokens, self.recipe.seed, *([place.window] if place.windows else []))
         return Scorer(self.supernet, self.scored_on(), self.folder / "scored.jsonl", self.compute, key)
 
-    def scored_on(self) -> dict[str, Tensor]:
-        """The sequences of each objective, from the held-out half that nothing else is measured on."""
+    def scored_on(self) -> dict[str, objectives.Objective]:
+        """The rows of each objective; those of text are from the held-out half that nothing else is measured on."""
         place = self.recipe.place
-        objectives = [name for name, weight in place.objective.items() if weight > 0]
-        return score_sequences(self.tokens[1].half(1), place.tokens, objectives, self.recipe.seed)
+        weights = [*place.objective.items(), *(place.windows_objective.items() if place.windows else ())]
+        names = list(dict.fromkeys(name for name, weight in weights if weight > 0))
+        return objectives.make(names, self.tokens[1].half(1), self.tokenizer, place.tokens, self.recipe.seed)
 
     def placement(self) -> list[str]:
         return read_json(self.folder / "placement.json")["placement"]
@@ -164,9 +180,10 @@ def check(recipe: Recipe) -> None:
     for name in recipe.align.blocks:
         if name not in linear_blocks():
             raise UserError(f"align.blocks: {name!r} is not a linear block; choose from {', '.join(linear_blocks())}")
-    if recipe.place.strategy not in STRATEGIES:
-        raise UserError(f"place.strategy: {recipe.place.strategy!r} is unknown; choose from {', '.join(STRATEGIES)}")
-    suite.wanted(recipe.evaluate.tasks, recipe.evaluate.allow_code)
+    if recipe.place.strategy not in (*STRATEGIES, "gates"):
+        known = ", ".join([*STRATEGIES, "gates"])
+        raise UserError(f"place.strategy: {recipe.place.strategy!r} is unknown; choose from {known}")
+    suite.check(recipe.evaluate.tasks, recipe.evaluate.allow_code)
 
 
 def check_base(state: Run) -> None:
@@ -179,8 +196,8 @@ def check_base(state: Run) -> None:
         for block in recipe.align.blocks:
             make_block(block, config.dims(), recipe.align.options.get(block))
     state.tokens[0].batch(0, recipe.align.batch, recipe.align.length, recipe.seed)
-    for train in (recipe.train, recipe.stage2):
-        if train.tokens and "train" in recipe.stages:
+    for train, stage in ((recipe.paths, "align"), (recipe.train, "train"), (recipe.stage2, "train")):
+        if train.tokens and stage in recipe.stages:
             state.tokens[0].batch(0, train.batch, train.length, recipe.seed, world=parallel.world())
     if "place" in recipe.stages:
         state.scored_on()
@@ -215,7 +232,7 @@ def claim(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> None
         if not isinstance(stored, dict):
             raise UserError(f"{path}: is no recipe; choose another `out`, or remove the file")
         fixed = _fixed(folder, done, only)
-        changed = differences(stored, resolved)
+        changed = differences(_with_defaults(stored, resolved), resolved)
         for field, values in changed.items():
             if field.split(".")[0] in fixed:
                 raise UserError(
@@ -229,6 +246,16 @@ def claim(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> None
     write_text(path, yaml.safe_dump(resolved, sort_keys=False))
 
 
+def _with_defaults(stored: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
+    """A kept recipe with today's defaults for fields that came after it, which then worked as they do."""
+    required = {name: resolved.get(name) for name in ("base", "data")}
+    try:
+        defaults = parse_recipe(required | {name: {} for name in ()}).to_dict()
+    except UserError:
+        return stored
+    return stored
+
+
 def _fixed(folder: Path, done: dict[str, Any], only: str | None) -> set[str]:
     """The recipe's sections that what is in the directory was made by."""
     checkpoints = [path.name for path in (folder / "checkpoints").glob("*")]
@@ -236,7 +263,7 @@ def _fixed(folder: Path, done: dict[str, Any], only: str | None) -> set[str]:
     if (folder / "data" / "tokens.json").exists():
         fixed |= {"base", "data", "seed"}
     if (folder / "candidates").exists() or any(name.startswith("align") for name in checkpoints):
-        fixed |= {"align", "compute", "device", "threads"}
+        fixed |= {"align", "paths", "compute", "device", "threads"}
     if "train" in done or {"train", "stage2"} & set(checkpoints):
         fixed |= {"place", "train", "stage2"}
     return fixed | (AGAIN & set(done) - {only})
@@ -247,6 +274,10 @@ def _align(state: Run) -> None:
     align_candidates(
         state.base, recipe.align, state.tokens[0], state.folder, state.keys, recipe.seed, state.compute, borders
     )
+    if recipe.paths.tokens:
+        aligned = Supernet(state.base, load_candidates(state.base, recipe.align, state.folder, state.keys))
+        args = (recipe.paths, state.tokens[0], state.folder, recipe.seed, state.compute, state.keys, borders)
+        train_paths(aligned, *args)
 
 
 def _place(state: Run) -> None:
@@ -259,7 +290,8 @@ def _place(state: Run) -> None:
 def _train(state: Run) -> None:
     recipe, supernet, placement = state.recipe, state.supernet, state.placement()
     low, borders = getattr(torch, recipe.base.dtype), recipe.data.borders
-    tokens, key = state.tokens[0], digest(state.keys, placement, asdict(recipe.train))
+    windows = [recipe.place.window] if recipe.place.windows else []
+    tokens, key = state.tokens[0], digest(state.made, placement, asdict(recipe.train), *windows)
     if recipe.train.tokens:
         train_mixers(supernet, placement, recipe.train, tokens, state.folder, recipe.seed, state.compute, key, borders)
     if recipe.stage2.tokens:
@@ -347,13 +379,13 @@ NEEDS: dict[str, tuple[str, ...]] = {
 
 
 def _tokens(recipe: Recipe, stage: str) -> dict[str, int]:
-    trained = {"align": recipe.align.tokens, "train": recipe.train.tokens + recipe.stage2.tokens}
+    trained = {"align": recipe.align.tokens + recipe.paths.tokens, "train": recipe.train.tokens + recipe.stage2.tokens}
     return {"tokens": trained[stage]} if stage in trained else {}
 
 
 def _logged_seconds(run: Path, stage: str) -> float:
     """Seconds of a training stage's steps by its own log, which a stopped run's go on to count in."""
-    stages = {"align": ("align",), "train": ("train", "stage2")}.get(stage, ())
+    stages = {"align": ("align", "paths"), "train": ("train", "stage2")}.get(stage, ())
     records = [r for r in read_jsonl(run / "metrics.jsonl") if r["stage"] in stages] if stages else []
     return sum(r["seconds"] for r in records)
 

@@ -15,8 +15,22 @@ from postnas.errors import UserError
 
 STAGES = ("align", "place", "train", "evaluate", "bench", "report")
 DTYPES = ("float32", "bfloat16")
-OBJECTIVES = ("kl", "copy")
+OBJECTIVES = (
+    "kl",
+    "copy",
+    "needle",
+    "key_value",
+    "phone_book",
+    "squad",
+    "arc",
+    "mmlu",
+    "gsm8k",
+    "retrieval",
+    "knowledge",
+    "math",
+)
 STARTS = ("random", "plus_minus")
+PATH_LOSSES = ("feature", "kl")
 
 
 def _need(condition: bool, name: str, value: Any, mend: str) -> None:
@@ -120,25 +134,41 @@ class Place:
     """PostNAS 1: which layers keep full attention."""
 
     strategy: str = "swap"
-    """`swap`, `greedy`, `uniform` or `random`."""
+    """`swap`, `greedy`, `beam`, `gates`, `uniform` or `random`."""
     budget: int = 15
     """Layers that keep the base's attention, full or windowed."""
     block: str = "jet"
     """The linear block of all other layers."""
     objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0, "copy": 1.0})
-    """Weights of the objectives: `kl` (nats a token to the base), `copy` (nats a token on a repeated passage)."""
+    """Weights of the objectives, in nats a token: `kl` (to the base), `copy` (a repeated passage), `needle`,
+    `key_value`, `phone_book`, `squad`, `arc`, `mmlu`, `gsm8k` (the right answer), or the groups `retrieval`,
+    `knowledge`, `math`."""
     tokens: int = 2048
     """Tokens that each placement is scored on, for each objective."""
+    width: int = 8
+    """Placements that `beam` keeps at each level."""
+    steps: int = 100
+    """Steps that `gates` trains its logits for."""
+    lr: float = 0.1
+    """Learning rate of `gates`."""
+    windows: int = 0
+    """The second pass: linear layers that become sliding-window attention; 0 leaves it out."""
+    window: int = 256
+    """Tokens that such a layer sees, itself included."""
+    windows_objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+    """Weights of the second pass's objectives."""
 
     def __post_init__(self) -> None:
         _need(self.budget >= 0, "place.budget", self.budget, "give 0 or more layers")
-        for name, weight in self.objective.items():
-            _need(name in OBJECTIVES, "place.objective", name, f"choose from {', '.join(OBJECTIVES)}")
-            _need(0 <= weight < float("inf"), f"place.objective.{name}", weight, "give a weight of 0 or more")
-        _need(
-            sum(self.objective.values()) > 0, "place.objective", self.objective, "give one objective a weight above 0"
-        )
-        _positive(self, "tokens")
+        for field_name in ("objective", "windows_objective"):
+            weights = getattr(self, field_name)
+            for name, weight in weights.items():
+                _need(name in OBJECTIVES, f"place.{field_name}", name, f"choose from {', '.join(OBJECTIVES)}")
+                _need(0 <= weight < float("inf"), f"place.{field_name}.{name}", weight, "give a weight of 0 or more")
+            _need(sum(weights.values()) > 0, f"place.{field_name}", weights, "give one objective a weight above 0")
+        _need(self.windows >= 0, "place.windows", self.windows, "give 0 or more layers")
+        _need(self.window >= 2, "place.window", self.window, "give 2 or more tokens")
+        _positive(self, "tokens", "width", "steps", "lr")
 
 
 @dataclass(frozen=True)
@@ -165,6 +195,26 @@ class Train:
         _need(self.tokens >= 0, f"{name}.tokens", self.tokens, "give 0 or more tokens")
         _need(self.weight_decay >= 0, f"{name}.weight_decay", self.weight_decay, "give 0 or more")
         _positive(self, "length", "batch", "lr", "clip", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class Paths(Train):
+    """The paper's supernet: candidates learn inside random paths of the whole network, before they are scored."""
+
+    tokens: int = 0
+    """Tokens that all paths see together; 0 leaves it out."""
+    clip: float = 1.0
+    """Largest norm of the gradient of one candidate."""
+    budgets: list[int] = field(default_factory=list)
+    """Layers that keep attention on a path, drawn evenly from these; from 0 to one below all layers where empty."""
+    loss: str = "kl"
+    """`feature` (relative squared error of hidden states, as in the paper) or `kl` (nats a token at the head)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _need(self.loss in PATH_LOSSES, "paths.loss", self.loss, f"choose one of {', '.join(PATH_LOSSES)}")
+        for budget in self.budgets:
+            _need(budget >= 0, "paths.budgets", budget, "give 0 or more layers")
 
 
 @dataclass(frozen=True)
@@ -242,6 +292,8 @@ class Recipe:
     """The text."""
     align: Align = field(default_factory=Align)
     """Stage 0: candidates learn to stand in for the attention of their layer."""
+    paths: Paths = field(default_factory=Paths)
+    """After alignment: candidates learn inside random paths; off while its tokens are 0."""
     place: Place = field(default_factory=Place)
     """PostNAS 1: which layers keep full attention."""
     train: Train = field(default_factory=Train)

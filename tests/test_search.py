@@ -82,7 +82,7 @@ def test_scores_are_what_a_direct_computation_gives(placed: tuple[Path, Path, di
     from postnas.data import Tokens
     from postnas.models.supernet import Supernet
     from postnas.recipe import Align
-    from postnas.search.scores import LENGTH
+    from postnas.search.objectives import LENGTH
     from postnas.train.align import candidate_keys, load_candidates
 
     _, run, values = placed

@@ -129,7 +129,7 @@ def tiny_recipe(folder: Path, base: Path, text: Path, **changes: Any) -> dict[st
         "out": str(folder / "run"),
     }
     for section, fields in changes.items():
-        recipe[section] = recipe[section] | fields if isinstance(fields, dict) else fields
+        recipe[section] = recipe.get(section, {}) | fields if isinstance(fields, dict) else fields
     return recipe
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from postnas.blocks import linear_blocks
 from postnas.errors import UserError
 from postnas.models.checkpoint import base_config
-from postnas.recipe import OBJECTIVES, Place
+from postnas.recipe import Place
 from postnas.search.cost import (
     GIB,
     GPUS,
@@ -24,7 +24,7 @@ from postnas.search.cost import (
     search_stage,
     weights_stage,
 )
-from postnas.search.scores import LENGTH
+from postnas.search.objectives import LENGTH
 from postnas.search.strategies import uniform
 
 KEPT = (0, 1, 2, 4, 8)
@@ -74,7 +74,7 @@ def plan(
     hybrids = {kept: _hybrid(base, block, kept) for kept in KEPT if kept < base.layers}
     linear = hybrids[0]
     align = align_stage(base, linear, aligned, sequence)
-    search = search_stage(base, linear, Place().tokens, len(OBJECTIVES), LENGTH)
+    search = search_stage(base, linear, Place().tokens, len(Place().objective), LENGTH)
     mixers = {kept: mixers_stage(base, hybrid, linear, trained, sequence) for kept, hybrid in hybrids.items()}
     weights = {kept: weights_stage(base, hybrid, linear, trained, sequence) for kept, hybrid in hybrids.items()}
     stages = [("any", align), ("any", search), *_named(mixers), *_named(weights)]
@@ -101,7 +101,7 @@ def plan(
             "",
             f"Hours on one GPU at {pace}.",
             f"Sequences of {sequence:,} tokens; search is `swap` at {Place().tokens:,} tokens each for "
-            f"{' and '.join(OBJECTIVES)}, {LENGTH} a sequence.",
+            f"{' and '.join(Place().objective)}, {LENGTH} a sequence.",
             "Memory: base bf16; mixers float32, 16 bytes a weight that learns; activations left out.",
             f"* more than the {device.memory / GIB:.0f} GiB of the GPU",
         ]
