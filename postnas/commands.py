@@ -123,35 +123,89 @@ def report(recipe: Recipe) -> None:
 
 
 def warm(recipe: Recipe) -> None:
-    """Compile and try the GPU kernels that a recipe will use, so that its run begins at once."""
+    """Compile and try the GPU kernels of a recipe's linear blocks, so that its run begins at once."""
+    import torch
+
+    from postnas.pipeline import check
+
+    check(recipe)
+    if not torch.cuda.is_available():
+        raise UserError("device: there is no GPU here, and on a CPU there is nothing to warm; leave this out")
+    _warm(recipe, "cuda")
+
+
+def _warm(recipe: Recipe, device: str) -> None:
     import torch
 
     from postnas.blocks import make_block
+    from postnas.blocks.delta import DeltaMixer
     from postnas.models.checkpoint import base_config
-    from postnas.ops.fla import Shape, works
+    from postnas.ops.fla import works
 
-    if not torch.cuda.is_available():
-        raise UserError("device: there is no GPU here, and on a CPU there is nothing to warm; leave this out")
     config = base_config(recipe.base.model)
     for name in recipe.align.blocks:
-        with torch.device("meta"):
+        with torch.device(device):
             block = make_block(name, config.dims(), recipe.align.options.get(name))
-        packed = recipe.data.borders
-        shape = Shape(block.heads, block.key_dim, block.value_dim, recipe.compute, packed, gradients=True)
-        print(f"warm: {name}: {'ready' if works(shape) else 'takes the plain form'}")
+        if not isinstance(block, DeltaMixer):
+            print(f"warm: {name}: has no kernel to try; nothing was done")
+            continue
+        for shape in _warm_shapes(recipe, block):
+            use = f"{'training' if shape.gradients else 'prefill'}{' with borders' if shape.packed else ''}"
+            print(f"warm: {name}: {use} in {shape.dtype}: {'fla is right' if works(shape) else 'the plain form'}")
+        for dtype in sorted({recipe.compute, recipe.base.dtype}):
+            seconds = _warm_layer(block.to(getattr(torch, dtype)))
+            print(f"warm: {name}: one layer in {dtype} read 128 tokens and made one, at batch 1: {seconds:.1f} s")
+    print("warm: kernels of a backward, and of other batch sizes where they differ, are compiled at their first use")
 
 
-def compare(folders: list[Path], out: Path = Path("comparison.html")) -> None:
+def _warm_shapes(recipe: Recipe, block: Any) -> list[Any]:
+    """Where fla may take the block: training as the recipe does it, and prefill of base's and training's type."""
+    from postnas.ops.fla import LOW, Shape
+
+    low = set(LOW.values())
+    sizes = (block.heads, block.key_dim, block.value_dim)
+    training = [Shape(*sizes, name, recipe.data.borders, True) for name in {recipe.compute} & low]
+    return training + [Shape(*sizes, name, False, False) for name in sorted({recipe.compute, recipe.base.dtype} & low)]
+
+
+def _warm_layer(block: Any) -> float:
+    """Seconds of a prefill of 128 tokens and a decode step by the block, in its own type on its own device."""
+    import time
+
+    import torch
+
+    from postnas.blocks.step import Step
+
+    weight = block.o_proj.weight
+    x, state, begin = torch.zeros(1, 128, block.dims.hidden).to(weight), block.State(), time.monotonic()
+
+    def no_rope(kind: str) -> Any:
+        raise AssertionError(f"a linear block asked for the RoPE of {kind}")
+
+    with torch.no_grad():
+        for part in (x, x[:, :1]):
+            block(part, Step(1, part.shape[1], weight.device, no_rope), state)
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
+    return time.monotonic() - begin
+
+
+def compare(folders: list[Path], out: Path | None = None) -> None:
     """Write one page that compares several runs; of one run, its own report.
 
     Args:
         folders: Run directories, up to six.
-        out: The page that compares.
+        out: The page that compares; comparison.html where left out.
     """
     from postnas.report.compare import write_comparison
     from postnas.report.html import write_report
 
-    print(f"report: wrote {write_comparison(folders, out) if len(folders) > 1 else write_report(folders[0])}")
+    if len(folders) == 1 and out is not None:
+        raise UserError("out: a single run's report lies in its own folder; leave --out away, or give several runs")
+    many = len(folders) > 1
+    print(
+        f"report: wrote {write_comparison(folders, out or Path('comparison.html')) if many else write_report(folders[0])}"
+    )
 
 
 def generate(

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from made_run import LAYERS, TASKS, bench, evaluation, line, make_run, many_tasks, recipe, scores
+from made_run import LAYERS, TASKS, bench, evaluation, line, make_run, many_tasks, recipe, row_values, scores
 
 from postnas.errors import UserError
+from postnas.evaluate import suite
+from postnas.evaluate.task import load_task
 from postnas.files import write_json, write_text
 from postnas.report import figure, plots, quality
 from postnas.report.card import model_card
@@ -233,6 +235,18 @@ def test_card_says_what_was_kept_and_how_to_load_it(run: Path) -> None:
     assert "\n\n\n" not in card
 
 
+def test_card_says_whether_what_the_model_writes_was_scored(run: Path, bare: Path, tmp_path: Path) -> None:
+    unscored = "Generated answers were not scored"
+    assert unscored in model_card(run)
+    assert unscored not in model_card(bare) and "was scored" not in model_card(bare)
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    write_json(folder / "eval.json", many_tasks(rows=20))
+    card = model_card(folder)
+    listed = card.split("What the model writes was scored in ")[1].split(";")[0]
+    assert unscored not in card and {"`gsm8k`", "`needle@1024`", "`mbpp`"} <= set(listed.split(", "))
+    assert "piqa" not in listed and "lambada" not in listed and "copy" not in listed
+
+
 def test_table_for_the_terminal(run: Path) -> None:
     lines = demo_table(run).splitlines()
     rows = {re.split(r"  +", row)[0]: re.split(r"  +", row)[1:] for row in lines[2:-1]}
@@ -277,7 +291,7 @@ def test_what_the_base_cannot_do_stands_apart(run: Path, tmp_path: Path) -> None
 
 def test_every_group_has_its_bars() -> None:
     found = quality.kept(many_tasks())
-    assert list(found) == ["multiple choice", "generated answers", "recall", "programs", "losses"]
+    assert list(found) == ["multiple choice", "last words", "generated answers", "recall", "programs", "losses"]
     # One number behind each bar: two a measure.
     measures = sum(len(metrics) for metrics, *_ in TASKS.values())
     numbers = sum(len(re.findall(r"9\.5px[^<]*>[\d.]+</text>", svg)) for svg in found.values())
@@ -287,6 +301,27 @@ def test_every_group_has_its_bars() -> None:
 def test_a_metric_without_entry_is_read_by_its_name() -> None:
     assert metric_of("answer_nll").axis == "loss, nats a token" and not metric_of("answer_nll").share
     assert metric_of("rouge_l").share and metric_of("rouge_l").words == "{task}, rouge l"
+
+
+def test_a_measure_is_named_by_its_task() -> None:
+    read = {(row.task, row.metric): row for row in kept_rows(many_tasks())}
+    group = {key: row.read.group for key, row in read.items()}
+    assert group["lambada", "accuracy"] == "last words" and group["piqa", "accuracy"] == "multiple choice"
+    assert group["needle@1024", "exact"] == "recall" and group["gsm8k", "exact"] == "generated answers"
+    assert read["lambada", "nll"].name == "lambada, nats a word"
+    assert read["needle@1024", "nll"].name == "needle@1024, nats a token"
+    assert read["lambada", "nll"].read.axis == "loss, nats a word"
+    assert metric_of("accuracy", "no such task") == metric_of("accuracy")
+
+
+def test_made_up_records_have_what_evaluation_writes() -> None:
+    found = many_tasks(rows=2)
+    for task in ("lambada", "needle@1024", "gsm8k", "triviaqa", "humaneval", "piqa"):
+        known = suite.measures(load_task(task))
+        assert tuple(measure.metric for measure in known) == TASKS[task][0]
+        for measure in known:
+            records = found["outputs"]["hybrid"][task]
+            assert measure.values(records) == row_values(records, measure.metric)
 
 
 def test_every_section_names_the_command_of_its_numbers(page: str) -> None:

@@ -59,7 +59,7 @@ def test_scores_stand_beside_the_base_with_paired_differences(page: str, runs: l
     assert found[6] == "300"
 
 
-@pytest.mark.parametrize("key", [("perplexity", "perplexity"), ("copy", "copy_accuracy"), ("needle", "recall")])
+@pytest.mark.parametrize("key", [("perplexity", "perplexity"), ("copy", "copy_accuracy"), ("needle@1024", "recall")])
 def test_rows_that_the_run_makes_are_paired_only_where_made_alike(runs: list[Path], key: tuple[str, str]) -> None:
     members = [read_member(letter, run) for letter, run in zip("AB", runs)]
     gap = difference(*members, key)
@@ -69,6 +69,16 @@ def test_rows_that_the_run_makes_are_paired_only_where_made_alike(runs: list[Pat
     other = difference(*members, key)
     assert other is not None and not other.paired and other.value == gap.value
     assert other.stderr == pytest.approx(math.hypot(*(one.kept[key].hybrid_stderr or 0 for one in members)))
+
+
+def test_runs_of_other_texts_are_paired_where_the_rows_do_not_come_from_it(runs: list[Path]) -> None:
+    members = [read_member(letter, run) for letter, run in zip("AB", runs)]
+    members[1].results.recipe["data"]["tokens"] += 1
+    members[1].results.recipe["evaluate"]["allow_code"] = True
+    gaps = {key: difference(*members, key) for key in members[0].kept}
+    unpaired = {key[0] for key, gap in gaps.items() if gap is not None and not gap.paired}
+    assert unpaired == {"perplexity", "copy"}
+    assert {"gsm8k", "squad", "lambada", "needle@1024", "humaneval"} <= {key[0] for key in gaps}
 
 
 def test_every_kind_of_record_is_read(runs: list[Path]) -> None:

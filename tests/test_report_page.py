@@ -86,7 +86,7 @@ def test_page_opens(browser: Browser, pages: dict[str, Path], name: str, width: 
 def test_every_axis_has_a_name_and_a_unit(browser: Browser, pages: dict[str, Path], name: str) -> None:
     browser.open(pages[name], 1280, "light")
     plots: list[dict[str, Any]] = browser.run(AXES)
-    assert len(plots) == {"report": 11, "compare": 8}[name]
+    assert len(plots) == {"report": 12, "compare": 9}[name]
     for plot in plots:
         assert plot["label"]
         assert len(plot["axes"]) >= 2

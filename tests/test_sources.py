@@ -147,6 +147,15 @@ def test_dataset_of_the_hub_is_streamed(tmp_path: Path, monkeypatch: pytest.Monk
     one_line(lambda: sources.documents("hf:owner/name", field="body"), "hf:owner/name", "'body'", "text, id, title")
 
 
+def test_a_dataset_with_a_script_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    (folder / "name.py").write_text("raise SystemExit('a script has run')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    one_line(lambda: sources.documents("hf:owner/name"), "hf:owner/name: cannot be streamed", "name.py")
+
+
 # ---- mistakes in files ----------------------------------------------------------------------
 
 MISTAKES = {

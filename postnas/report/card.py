@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from postnas.report.measures import KEPT_HEAD
+from postnas.report.measures import KEPT_HEAD, Kept
 from postnas.report.results import WON_HEAD, Results, base_name, linear_layers, read_results
 
 
@@ -35,6 +35,7 @@ def _card(results: Results) -> dict[str, Any]:
         "folder": f"{recipe['out'].rstrip('/')}/model",
         "kept_head": KEPT_HEAD,
         "kept": [row.cells() for row in results.kept],
+        "scored": _scored(results.kept),
         "won_head": WON_HEAD,
         "won": [row.cells() for row in results.won],
         "placement": placement,
@@ -45,6 +46,23 @@ def _card(results: Results) -> dict[str, Any]:
         "device": results.bench,
         "command": results.command,
     }
+
+
+def _scored(rows: list[Kept]) -> str:
+    """Whether the measures score what the model writes or given text, as sentences; empty without measures."""
+    written = list(dict.fromkeys(row.task for row in rows if row.read.written))
+    given = any(row.task not in written for row in rows)
+    if not rows:
+        return ""
+    if not written:
+        return (
+            "The measures here score given text. Generated answers were not scored, and log-likelihood can hide "
+            "damage to them."
+        )
+    words = f"What the model writes was scored in {', '.join(map(_code, written))}"
+    if given:
+        words += "; the other measures score given text, and log-likelihood can hide damage to what is written"
+    return words + ". What it writes elsewhere can be damaged in ways that no measure here shows."
 
 
 def _trained(results: Results) -> list[str]:

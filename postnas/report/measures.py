@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
+
+from postnas.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,8 @@ class Metric:
     share: bool = True
     """True for a share between 0 and 1, shown in percent, more is better; its differences are in points.
     False for a loss, less is better."""
+    written: bool = False
+    """True where it scores what the model writes, not given text."""
 
     @property
     def scale(self) -> int:
@@ -39,27 +44,52 @@ class Metric:
         return number + self.error(stderr)
 
 
-CHOICE, ANSWER, RECALL, CODE, LOSS = "multiple choice", "generated answers", "recall", "programs", "losses"
-GROUPS = (CHOICE, ANSWER, RECALL, CODE, "other scores", LOSS)
+CHOICE, LAST_WORD, ANSWER = "multiple choice", "last words", "generated answers"
+RECALL, CODE, LOSS = "recall", "programs", "losses"
+GROUPS = (CHOICE, LAST_WORD, ANSWER, RECALL, CODE, "other scores", LOSS)
 """In the order of the page."""
 
 METRICS = {
     "accuracy": Metric("{task}", CHOICE),
     "accuracy_norm": Metric("{task}, by length", CHOICE),
-    "exact": Metric("{task}, exact", ANSWER),
-    "f1": Metric("{task}, F1", ANSWER),
-    "recall": Metric("{task}, recall", RECALL),
-    "contains": Metric("{task}, contained", RECALL),
+    "exact": Metric("{task}, exact", ANSWER, written=True),
+    "f1": Metric("{task}, F1", ANSWER, written=True),
+    "recall": Metric("{task}, recall", RECALL, written=True),
+    "contains": Metric("{task}, contained", RECALL, written=True),
     "copy_accuracy": Metric("{task} accuracy", RECALL),
-    "passed": Metric("{task}, passed", CODE),
+    "passed": Metric("{task}, passed", CODE, written=True),
     "perplexity": Metric("{task}, perplexity", LOSS, "perplexity, no unit", share=False),
     "nll": Metric("{task}, nats a token", LOSS, "loss, nats a token", share=False),
     "copy_nll": Metric("{task}, nats a token", LOSS, "loss, nats a token", share=False),
 }
 
 
-def metric_of(name: str) -> Metric:
-    """How to read a metric. One that is not in METRICS is a loss by the end of its name, else a share."""
+METRICS_OF = {
+    ("last_word", "accuracy"): Metric("{task}", LAST_WORD),
+    ("last_word", "nll"): Metric("{task}, nats a word", LOSS, "loss, nats a word", share=False),
+    ("long", "exact"): Metric("{task}, exact", RECALL, written=True),
+}
+"""{(kind of task, metric): how it is read}, where a kind means something else by it than METRICS says."""
+
+
+@functools.cache
+def _kind(task: str) -> str:
+    """The kind of a task as evaluation has it; empty for one that it does not know, as perplexity and copy."""
+    from postnas.evaluate.task import load_task
+
+    try:
+        return load_task(task).kind
+    except UserError:
+        return ""
+
+
+def metric_of(name: str, task: str = "") -> Metric:
+    """How to read a metric of a task; without a task, as most tasks mean it.
+
+    One that is in no table is a loss by the end of its name, else a share.
+    """
+    if (_kind(task), name) in METRICS_OF:
+        return METRICS_OF[_kind(task), name]
     if name in METRICS:
         return METRICS[name]
     words = name.replace("_", " ")
@@ -95,7 +125,7 @@ class Kept:
 
     @property
     def read(self) -> Metric:
-        return metric_of(self.metric)
+        return metric_of(self.metric, self.task)
 
     @property
     def name(self) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from postnas.report.measures import CHOICE, CODE, Kept
+from postnas.report.measures import Kept
 from postnas.report.results import Results, Won, read_results
 
 Key = tuple[str, str]
@@ -89,19 +89,27 @@ def _records(member: Member, task: str) -> list[dict[str, Any]]:
 
 
 def _same_rows(first: Member, other: Member, key: Key) -> bool:
-    """Rows of a data file are the same by their ids; those that we cut or make, if they are made alike too."""
+    """Rows of a data file are the same by their ids; those that we cut or make, if they are made alike too.
+
+    Perplexity and the copy test cut the run's text. A long context (NAME@TOKENS) is made by the seed, as long as the
+    base's tokenizer counts. All other tasks have a file of their own, whatever the run is trained on.
+    """
     ids = [[row.get("id") for row in _records(member, key[0])] for member in (first, other)]
     if not ids[0] or ids[0] != ids[1]:
         return False
-    if first.kept[key].read.group in (CHOICE, CODE):
-        return True
-    return first.base == other.base and _made_by(first) == _made_by(other)
+    return _made_by(first, key[0]) == _made_by(other, key[0])
 
 
-def _made_by(member: Member) -> list[Any]:
+def _made_by(member: Member, task: str) -> list[Any]:
+    """What rows of these ids depend on besides; nothing where they stand in a file."""
     recipe = member.results.recipe
-    settings = {name: value for name, value in recipe.get("evaluate", {}).items() if name not in ("tasks", "limit")}
-    return [recipe.get("data"), recipe.get("seed"), settings]
+    if "@" in task:
+        return [member.base, recipe.get("seed")]
+    if task not in ("perplexity", "copy"):
+        return []
+    elsewhere = ("tasks", "limit", "allow_code")
+    settings = {name: value for name, value in recipe.get("evaluate", {}).items() if name not in elsewhere}
+    return [member.base, recipe.get("data"), recipe.get("seed"), settings]
 
 
 def _row_values(member: Member, key: Key) -> list[float] | None:

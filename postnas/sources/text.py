@@ -108,7 +108,7 @@ def _streamed(name: str) -> Rows:
         rows = load_dataset(match["id"], match["config"], streaming=True, split=match["split"] or "train")
         for number, row in enumerate(rows, 1):
             yield f"row {number}", row
-    except (OSError, ValueError, DatasetsError, HTTPError) as error:
+    except (OSError, RuntimeError, ValueError, DatasetsError, HTTPError) as error:  # a script is a RuntimeError
         raise UserError(
             f"{name}: cannot be streamed ({short(error)}); check name, configuration, split and network"
         ) from error
