@@ -202,10 +202,9 @@ def compare(folders: list[Path], out: Path | None = None) -> None:
 
     if len(folders) == 1 and out is not None:
         raise UserError("out: a single run's report lies in its own folder; leave --out away, or give several runs")
-    many = len(folders) > 1
-    print(
-        f"report: wrote {write_comparison(folders, out or Path('comparison.html')) if many else write_report(folders[0])}"
-    )
+    one = len(folders) == 1
+    path = write_report(folders[0]) if one else write_comparison(folders, out or Path("comparison.html"))
+    print(f"report: wrote {path}")
 
 
 def generate(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from mistakes import MISTAKES, Place, mistake
@@ -15,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_base, make_text
 
 from postnas.__main__ import main
+from postnas.errors import UserError
+from postnas.models.load import load_any
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +193,63 @@ def unharmed(place: Place, before: dict[str, str]) -> None:
     assert {path: after.get(path) for path in before} == before
     assert all(path.startswith("run/") for path in after.keys() - before.keys())
     assert not [path for path in after if path.endswith((".tmp", ".old"))]
+
+
+CONFIGS: list[tuple[dict[str, Any], str]] = [
+    ({"hidden_size": "64"}, "hidden_size"),
+    ({"hidden_size": None}, "hidden_size"),
+    ({"num_attention_heads": 0}, "num_attention_heads: 0"),
+    ({"hidden_act": "foo"}, "hidden_act: 'foo'"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "None"),
+    ({"rope_parameters": "x"}, "rope_"),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads: '2'"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "factor"),
+    ({"vocab_size": -1}, "-1"),
+    ({"rms_norm_eps": None}, "rms_norm_eps: None"),
+    ({"attn_logit_softcapping": "x"}, "attn_logit_softcapping: 'x'"),
+    ({"dtype": "bfloat61"}, "bfloat61"),
+]
+"""Changes of a config.json that make no model, and what the line must hold."""
+
+
+@pytest.mark.parametrize("kind", ["base", "hybrid", "jet_nemotron"])
+@pytest.mark.parametrize("changes, said", CONFIGS, ids=[str(changes) for changes, _ in CONFIGS])
+def test_a_config_that_makes_no_model_is_one_line(kind: str, changes: dict[str, Any], said: str, place: Place) -> None:
+    folder = place.base
+    if kind != "base":
+        convert(place)
+        folder = place.run
+    if kind == "jet_nemotron":
+        folder = place.folder / "official"
+        assert main(["export", str(place.run), str(folder)]) == 0
+        rope = changes.get("rope_parameters")
+        if rope is not None:  # it has the fields of old there
+            theta = rope["rope_theta"] if isinstance(rope, dict) else 1e4
+            changes = {"rope_theta": theta, "rope_scaling": rope if theta else None}
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError) as raised:
+        load_any(folder)
+    assert str(raised.value).startswith(f"{path}: ") and said in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["base", "hybrid"])
+def test_an_index_without_a_map_is_one_line(kind: str, place: Place) -> None:
+    folder = place.base
+    if kind == "hybrid":
+        convert(place)
+        folder = place.run
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="has no weight_map"):
+        load_any(folder)
+
+
+def test_transformers_report_of_a_bad_checkpoint_is_not_shown(place: Place) -> None:
+    """In a process of its own, for its log goes to the screen that was there when it was first imported."""
+    hybrid_without_a_tensor(place)
+    command = [sys.executable, "-m", "postnas", "generate", str(place.run), "The river"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "REPORT" not in done.stdout + done.stderr
 
 
 def test_there_are_twenty_five_kinds() -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import PAD, in_pieces, plain, tokens
 
 from postnas.errors import UserError
-from postnas.models.checkpoint import load_base
+from postnas.models.checkpoint import VISION, base_config, load_base
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
@@ -149,3 +151,75 @@ def test_a_rope_that_changes_with_the_length_is_refused(kind: str, tmp_path: Pat
     with pytest.raises(UserError, match=kind) as raised:
         load_base(str(tmp_path))
     assert "\n" not in str(raised.value)
+
+
+WRAPPER = {
+    "vision_config": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "mm_tokens_per_image": 4,
+    "image_token_index": 98,
+}
+
+
+@pytest.mark.parametrize("names", ["language_model.model.", "model.language_model."])
+@torch.no_grad()
+def test_a_gemma_with_images_gives_its_text_part(names: str, tmp_path: Path) -> None:
+    """By the names of the released files, and by those of models that newer versions hold in memory."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = family_model("gemma3_text", GEMMA).config.to_dict() | {"vocab_size": 99}
+    theirs: Any = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, **WRAPPER)).eval()
+    for parameter in theirs.parameters():
+        parameter.copy_(0.15 * torch.randn(parameter.shape))
+    theirs.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    assert any(name.startswith("vision_tower.") for name in weights)
+    renamed = {name.replace("language_model.model.", names): value for name, value in weights.items()}
+    if names.startswith("model."):
+        renamed = {f"model.{name}" if name.startswith(VISION) else name: value for name, value in renamed.items()}
+    save_file(renamed, tmp_path / "model.safetensors")
+    ours = load_base(str(tmp_path), dtype=torch.float32)
+    assert ours.config.family == "gemma3_text"
+    torch.testing.assert_close(plain(ours, tokens()), theirs(input_ids=tokens()).logits, **CLOSE)
+
+
+def test_a_tied_base_with_a_head_of_its_own_is_one_line(tmp_path: Path) -> None:
+    family_model("llama", {"tie_word_embeddings": False}).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding"):
+        load_base(str(tmp_path))
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors")
+    base = load_base(str(tmp_path))
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+
+
+BAD: list[tuple[str, dict[str, Any], str]] = [
+    ("llama", {"layer_types": ["chunked_attention"] * 3}, "layer_types[0]: 'chunked_attention'"),
+    ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar: 0"),
+    ("gemma3_text", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar: -1"),
+    ("gemma3_text", {"sliding_window": None}, "sliding_window: None"),
+    ("qwen2", WINDOWED | {"sliding_window": None, "layer_types": ["sliding_attention"] * 3}, "sliding_window"),
+    ("gemma3", {"text_config": None}, "text_config is None"),
+]
+
+
+@pytest.mark.parametrize("family, fields, said", BAD, ids=[f"{family} {said}" for family, _, said in BAD])
+def test_a_config_that_makes_no_attention_of_ours_is_one_line(
+    family: str, fields: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    sizes = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2}
+    windows = GEMMA if family == "gemma3_text" else {}
+    path.write_text(json.dumps({"model_type": family} | sizes | windows | fields))
+    with pytest.raises(UserError) as raised:
+        base_config(str(path))
+    assert str(raised.value).startswith(f"{path}: ") and said in str(raised.value)

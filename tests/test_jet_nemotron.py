@@ -149,6 +149,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"efficient_attention_config": "jet"}, "efficient_attention_config: 'jet'"),
     ({"head_dim": 8}, "head_dim: 8"),
     ({"qk_norm": True}, "qk_norm: True"),
+    (
+        {"layer_types": None, "efficient_attention_config": None, "placement": ["jet"] * 6}
+        | {"blocks": {"jet": {"qkv_bias": True}}},
+        "blocks.jet.qkv_bias",
+    ),
 ]
 
 
@@ -157,6 +162,27 @@ def test_a_config_that_cannot_be_is_one_line(changes: dict[str, Any], message: s
     with pytest.raises(UserError, match=message) as raised:
         JetNemotronConfig(**read("mixed")[0] | changes)
     assert "\n" not in str(raised.value)
+
+
+def test_jet_layers_have_no_biases_however_the_config_is_made() -> None:
+    config = JetNemotronConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        placement=["jet", "attn"], blocks={"jet": {"conv_size": 3}},
+    )  # fmt: skip
+    names = JetNemotronForCausalLM(config).state_dict().keys()
+    assert "model.layers.1.self_attn.q_proj.bias" in names
+    assert not [name for name in names if name.startswith("model.layers.0.self_attn.q_proj.b")]
+
+
+def test_a_tied_config_with_a_head_of_its_own_is_one_line(tmp_path: Path) -> None:
+    folder, weights = official_folder(tmp_path / "model")
+    kept = {name: value for name, value in weights.items() if not name.startswith("_")}
+    embedding = kept["model.embed_tokens.weight"]
+    save_file(kept | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors", metadata={"format": "pt"})
+    assert load(folder)[0].config.tie_word_embeddings
+    save_file(kept | {"lm_head.weight": embedding + 1}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"lm_head\.weight is not the embedding"):
+        load(folder)
 
 
 @pytest.mark.parametrize("fault", ["missing", "left over", "wrong shape"])
@@ -224,6 +250,17 @@ def test_the_command_exports(speaker: tuple[Path, Path], tmp_path: Path, capsys:
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "out")]) == 2
     assert main(["export", str(tmp_path / "model"), str(tmp_path / "new"), "--format", "onnx"]) == 2
     assert not (tmp_path / "new").exists()
+
+
+def test_an_official_folder_is_exported_as_it_is(tmp_path: Path) -> None:
+    folder, weights = official_folder(tmp_path / "model")
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 0
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
+    saved = load_file(tmp_path / "again" / "model.safetensors")
+    assert saved.keys() == {key for key in weights if not key.startswith("_")}
+    assert all(torch.equal(saved[key], weights[key].to(saved[key].dtype)) for key in saved)
+    written = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("out", "again")]
+    assert written[0] == written[1]
 
 
 REFUSED: list[tuple[list[str], dict[str, Any], str]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,14 +55,17 @@ def _jet_options(config: HybridConfig, blocks: dict[str, Any]) -> dict[str, Any]
 def to_jet_nemotron(model: HybridForCausalLM) -> JetNemotronForCausalLM:
     """The same model under the official names, sharing the weights; attention without biases gets zeros.
 
+    A model that is one already is given back as it is.
     Raises UserError where the format cannot hold it.
     """
+    if isinstance(model, JetNemotronForCausalLM):
+        return model
     config = cast(HybridConfig, model.config)
     reason = refusal(config)
     if reason is not None:
         raise UserError(f"{reason}; keep the postnas format, or make another hybrid")
     placement, blocks = cast(list[str], config.placement), dict(config.blocks or {})
-    fields = {name: getattr(config, name) for name in config.to_dict() if name not in (*OURS, *_NOT_FIELDS)}
+    fields = {name: getattr(config, name) for name in get_annotations(HybridConfig) if name not in OURS}
     held: dict[str, Any] = {}
     for name in ("jet", "swa"):
         if name in placement:
@@ -84,9 +88,6 @@ def to_jet_nemotron(model: HybridForCausalLM) -> JetNemotronForCausalLM:
                 )
     found: Any = model_from_weights(official, weights, model.dtype, JetNemotronForCausalLM)
     return found
-
-
-_NOT_FIELDS = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
 
 
 def export(model: HybridForCausalLM, tokenizer: Any, out: Path) -> float:

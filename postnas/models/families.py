@@ -62,22 +62,30 @@ SAME = (
 )
 """Fields that mean the same in every family's config and in ours."""
 
+WRAPPED = {"gemma3": "gemma3_text"}
+"""Models of text and images whose text part can be a base: their `model_type`, and that of their `text_config`."""
+
 WHERE_SET = ("head_dim", "attn_logit_softcapping", "final_logit_softcapping")
 """Fields that mean the same, in the configs that have them."""
+
+
+MIXERS = {"full_attention": "attn", "sliding_attention": "swa"}
+"""Our mixer for each kind of layer that a base may have."""
 
 
 def from_base(config: Any) -> dict[str, Any]:
     """Fields of a HybridConfig for a base's transformers config, every layer on attention as the base has it.
 
-    Raises UserError for an architecture that is not among FAMILIES, or attention that looks ahead.
+    Raises UserError for an architecture that is not among FAMILIES, attention that looks ahead or is of another
+    kind, or a field that makes no attention.
     """
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise UserError(
-            f"base.model: architecture {config.model_type!r} is not supported; choose a base of {', '.join(FAMILIES)}"
+            f"model_type: {config.model_type!r} is not supported; choose a base of {', '.join([*FAMILIES, *WRAPPED])}"
         )
     if getattr(config, "use_bidirectional_attention", False):
-        raise UserError("base.model: use_bidirectional_attention is true, so it is no causal model; choose another")
+        raise UserError("use_bidirectional_attention: true, so it is no causal model; choose another base")
 
     def flag(value: bool | str) -> bool:
         return bool(getattr(config, value)) if isinstance(value, str) else value
@@ -85,9 +93,14 @@ def from_base(config: Any) -> dict[str, Any]:
     fields = {name: getattr(config, name) for name in SAME}
     fields |= {name: getattr(config, name, None) for name in WHERE_SET}
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    fields["placement"] = ["swa" if kind == "sliding_attention" else "attn" for kind in types]
+    for index, kind in enumerate(types):
+        if kind not in MIXERS:
+            raise UserError(
+                f"layer_types[{index}]: {kind!r} is not supported; choose a base whose layers are {' or '.join(MIXERS)}"
+            )
+    fields["placement"] = [MIXERS[kind] for kind in types]
     if "swa" in fields["placement"]:
-        fields["blocks"] = {"swa": {"window_size": config.sliding_window}}
+        fields["blocks"] = {"swa": {"window_size": _positive(config, "sliding_window")}}
     return (
         fields
         | _ropes(config.rope_parameters)
@@ -98,12 +111,19 @@ def from_base(config: Any) -> dict[str, Any]:
             "out_bias": flag(family.out_bias),
             "mlp_bias": flag(family.mlp_bias),
             "qk_norm": family.qk_norm,
-            "attn_scale": getattr(config, family.attn_scalar) ** -0.5 if family.attn_scalar else None,
+            "attn_scale": _positive(config, family.attn_scalar) ** -0.5 if family.attn_scalar else None,
             "norm_offset": family.norm_offset,
             "sandwich_norm": family.sandwich_norm,
             "embed_scale": config.hidden_size**0.5 if family.scaled_embedding else 1.0,
         }
     )
+
+
+def _positive(config: Any, name: str) -> float:
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise UserError(f"{name}: {value!r} is no number above 0; mend it")
+    return value
 
 
 def _ropes(parameters: dict[str, Any]) -> dict[str, Any]:

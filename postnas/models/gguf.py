@@ -71,7 +71,10 @@ class Header:
 
     def count(self, key: str, default: int | None = None) -> int:
         """As `number`, a whole number."""
-        return int(self.number(key, default))
+        value = self.number(key, default)
+        if value != int(value):
+            raise UserError(f"{self.path}: {self.architecture}.{key} is {value} and no whole number; convert it again")
+        return int(value)
 
 
 def dequantised(path: Path) -> Path:
@@ -94,25 +97,29 @@ def dequantised(path: Path) -> Path:
     return folder
 
 
-def architecture(path: Path) -> str:
-    """The architecture that a GGUF file names. Raises UserError for a file that is cut off or is no GGUF."""
-    return _open(path)[1]
+DAMAGE = (ValueError, LookupError, OSError, ArithmeticError, MemoryError, TypeError, RecursionError)
+"""What gguf-py raises over counts, offsets, types, text, names twice and arrays in arrays of a damaged file."""
 
 
 def _open(path: Path) -> tuple[Any, str]:
     """A gguf.GGUFReader over a whole file, whose tensors are mapped and not read, and the architecture."""
     from gguf import GGUFReader
 
+    class Reader(GGUFReader):
+        """gguf-py's, but for an array that claims more values than the file holds: it would read nothing for ever."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            found = super()._get(offset, dtype, count, override_order)
+            if len(found) != count:
+                raise ValueError(f"it ends before byte {offset} and {count} values")
+            return found
+
     try:
-        reader = GGUFReader(path)
-        end = max(tensor.data_offset + tensor.n_bytes for tensor in reader.tensors)
+        reader = Reader(path)
         field = reader.get_field("general.architecture")
         name = None if field is None else str(field.contents())
-    # Whatever gguf-py stumbles over here stands in the file: counts, offsets, types, text, names twice.
-    except (ValueError, LookupError, OSError, ArithmeticError, MemoryError, TypeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: is not a whole GGUF file ({error}); fetch it again") from error
-    if end > path.stat().st_size:
-        raise UserError(f"{path}: is cut off; fetch it again")
     if name is None:
         raise UserError(f"{path}: names no architecture; fetch it again")
     if reader.byte_order == "S":  # gguf-py turns the bytes of the metadata, and not those of quantised blocks
@@ -131,12 +138,15 @@ def _header(path: Path) -> Header:
         )
     try:
         values = {key: field.contents() for key, field in reader.fields.items()}
-    except ValueError as error:
+    except DAMAGE as error:
         raise UserError(f"{path}: its metadata is damaged ({error}); fetch it again") from error
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     tensors, factors = {tensor.name: tensor for tensor in reader.tensors}, None
     if rope := tensors.get("rope_freqs.weight"):
-        factors = torch.from_numpy(np.array(dequantize(rope.data, rope.tensor_type), np.float64)).flatten()
+        try:
+            factors = torch.from_numpy(np.array(dequantize(rope.data, rope.tensor_type), np.float64)).flatten()
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"{path}: its rope_freqs.weight cannot be read ({error}); choose another") from error
     return Header(path, name, values, shapes, tensors, factors)
 
 
@@ -145,8 +155,8 @@ def _config(header: Header) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
-    if "token_embd.weight" not in header.shapes:
-        raise UserError(f"{header.path}: has no token_embd.weight; convert the model again")
+    if len(header.shapes.get("token_embd.weight", ())) != 2:
+        raise UserError(f"{header.path}: has no token_embd.weight of two dimensions; convert the model again")
     layers, width = header.count("block_count"), header.count("embedding_length")
     if layers > len(header.shapes):
         raise UserError(f"{header.path}: block_count is {layers} for {len(header.shapes)} tensors; fetch it again")
@@ -189,7 +199,8 @@ def _config(header: Header) -> Any:
 
 def _gemma3(header: Header, layers: int, width: int, heads: int, head_dim: int) -> dict[str, Any]:
     """What only Gemma 3 has. The file is silent on attention's scale: llama.cpp knows the 27B by its 62 layers."""
-    window = header.values.get("gemma3.attention.sliding_window", 0)
+    none = header.values.get("gemma3.attention.sliding_window", 0) == 0
+    window = 0 if none else header.count("attention.sliding_window")
     pattern = header.values.get("gemma3.attention.sliding_window_pattern", 6)
     if isinstance(pattern, int):  # a period: the last layer of each sees everything, and 0 means that none does
         pattern = [pattern == 0 or (layer + 1) % pattern != 0 for layer in range(layers)]

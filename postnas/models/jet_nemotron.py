@@ -69,6 +69,11 @@ class JetNemotronConfig(HybridConfig):
             self.rope_parameters = {"rope_type": kind, "rope_theta": rope_theta} | scaling
         super().__post_init__(**kwargs)
         placement, blocks = cast(list[str], self.placement), cast(dict[str, Any], self.blocks)
+        if isinstance(blocks.get("jet"), dict):
+            # By themselves Jet layers have the biases of attention, which are always there in this format.
+            if blocks["jet"].get("qkv_bias"):
+                raise UserError("blocks.jet.qkv_bias: Jet layers have no biases in this format; set it to false")
+            blocks["jet"] = blocks["jet"] | {"qkv_bias": False}
         for index, name in enumerate(placement):
             if name not in MIXERS:
                 raise UserError(f"layer_types[{index}]: {name!r} is not possible; choose from {', '.join(MIXERS)}")
@@ -137,8 +142,6 @@ def _blocks(given: Any) -> dict[str, Any]:
         if name == "swa" and "window_size" not in options:
             raise UserError("efficient_attention_config.swa.window_size: is missing; add it")
         blocks[name] = {key: value for key, value in options.items() if key not in KERNELS}
-    if "jet" in blocks:
-        blocks["jet"]["qkv_bias"] = False
     return blocks
 
 

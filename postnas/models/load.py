@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,22 +74,30 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     """The hybrid in `folder`, without a tokenizer; otherwise as `load`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = read_json(folder / "config.json")
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    from postnas.models.checkpoint import UNTIED, checked_config, weight_files
+    from postnas.models.model import HybridForCausalLM, JetNemotronForCausalLM
+
+    path = folder / "config.json"
+    values = read_json(path)
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    classes = {whole.config_class.model_type: whole for whole in (HybridForCausalLM, JetNemotronForCausalLM)}
     if kind not in MODEL_TYPES:
         raise UserError(
             f"{folder}: holds a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}; "
             "give the `model` folder of a finished run, or a Jet-Nemotron checkpoint"
         )
+    config = checked_config(path, values, lambda: AutoConfig.from_pretrained(folder), classes[kind])
+    weight_files(folder)  # what is wrong with the index is told there
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=AutoConfig.from_pretrained(folder),
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in one line
-        )
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, in one line
+            )
     except (SafetensorError, OSError) as error:
         raise UserError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]}); write the model again") from error
     model, found = loaded
@@ -96,7 +107,21 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
     if found["unexpected_keys"]:
         extra = sorted(found["unexpected_keys"])[0]
         raise UserError(f"{folder}: {extra} has no place in the model that config.json tells of; mend config.json")
+    if model.config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
+        raise UserError(f"{folder}: {UNTIED}")
     return model
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers' table of weights that do not fit from the screen: we say the same in one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _folder(name: str) -> Path:
