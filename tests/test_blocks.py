@@ -328,12 +328,11 @@ def test_training_in_bfloat16_compares_with_float32() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("masked", [True, False])
-def test_folded_queries_give_what_grouped_heads_give(kv_heads: int, masked: bool) -> None:
+@pytest.mark.parametrize(("tokens", "masked"), [(1, False), (5, True), (8, True), (9, True), (9, False)])
+def test_folded_queries_give_what_grouped_heads_give(kv_heads: int, tokens: int, masked: bool) -> None:
     """The form that a GPU takes under a mask, against the one with grouped heads, in float64."""
     dims = Dims(hidden=24, heads=4, kv_heads=kv_heads, head_dim=6)
     attention = make_block("attn", dims)
-    tokens = 5 if masked else 1
     q = torch.randn(2, 4, tokens, 6, dtype=torch.float64)
     k, v = (torch.randn(2, kv_heads, 9, 6, dtype=torch.float64) for _ in range(2))
     mask = torch.rand(2, 1, tokens, 9) < 0.7 if masked else None
@@ -341,3 +340,21 @@ def test_folded_queries_give_what_grouped_heads_give(kv_heads: int, masked: bool
         mask[..., 0] = True
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     torch.testing.assert_close(attention._folded(q, k, v, mask), expected, rtol=0, atol=1e-12)
+
+
+def test_the_mask_of_many_tokens_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each query head that shares a key it would be tokens x keys larger."""
+    attention = make_block("attn", Dims(hidden=24, heads=4, kv_heads=1, head_dim=6))
+    seen: list[int] = []
+    real = F.scaled_dot_product_attention
+
+    def spy(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **rest: Any) -> Tensor:
+        seen.append(attn_mask.numel())
+        return real(q, k, v, attn_mask=attn_mask, **rest)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    k = torch.randn(1, 1, 50, 6)
+    for tokens in (1, 40):
+        mask = torch.ones(1, 1, tokens, 50, dtype=torch.bool)
+        attention._folded(torch.randn(1, 4, tokens, 6), k, k, mask)
+    assert seen == [4 * 50, 40 * 50]

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from postnas.ops.dynamic_conv import dynamic_conv, plain_causal_conv, plain_dynamic_conv
+from postnas.ops.dynamic_conv import dynamic_conv, plain_causal_conv, plain_dynamic_conv, stages_within
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 2, 3, 5, 130]
@@ -157,6 +157,16 @@ def test_plain_is_the_formula_with_every_gradient(length: int, filled: bool, pac
 def test_a_cpu_takes_the_plain_form() -> None:
     taken = {name: value.detach().cpu() for name, value in arguments(7).items()}
     torch.testing.assert_close(dynamic_conv(**taken), plain_dynamic_conv(**taken), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "stages", "taken"),
+    [(232_448, 4, 196_608), (166_912, 3, 98_304), (101_376, 3, 98_304), (98_303, 2, 49_152), (65_536, 2, 65_536)],
+)
+def test_stages_fit_into_the_shared_memory_of_a_block(limit: int, stages: int, taken: int) -> None:
+    """Hopper, A100, three generations of consumer cards, less than those, Turing; `taken` by the compiled kernels."""
+    assert stages_within(limit) == stages
+    assert taken <= limit
 
 
 # The kernels, on the GPU or under the interpreter

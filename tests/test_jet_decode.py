@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any
 
@@ -15,6 +16,7 @@ from postnas.blocks.dims import Dims
 from postnas.blocks.jet import Jet, JetOptions
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
+from postnas.ops import jet_decode as jet_decode_module
 from postnas.ops.jet_decode import conv_step, conv_step_plain, jet_decode, jet_decode_plain
 
 interpreted = pytest.mark.skipif(
@@ -172,6 +174,54 @@ def test_plain_form_keeps_a_bfloat16_state_in_place() -> None:
     compare(
         run(given, jet_decode_plain, conv_step_plain, True), run(exact, jet_decode_plain, conv_step_plain, True), 8e-3
     )
+
+
+class Elsewhere(Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def test_a_gpu_without_triton_takes_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jet_decode_module, "has_triton", lambda: False)
+    given = inputs(2, 2, 6, 8, 4)
+    far = given | {name: given[name].as_subclass(Elsewhere) for name in ("state", "conv")}
+    for fused in (False, True):
+        got, wanted = run(far, jet_decode, conv_step, fused), run(given, jet_decode_plain, conv_step_plain, fused)
+        compare({name: x.as_subclass(Tensor) for name, x in got.items()}, wanted, 1e-7)
+    assert jet_decode_module._has_kernels(far["state"], given["v"]) is False
+    monkeypatch.setattr(jet_decode_module, "has_triton", lambda: True)
+    assert jet_decode_module._has_kernels(far["state"], given["v"])
+    assert not jet_decode_module._has_kernels(given["state"], given["v"])
+
+
+def test_autocast_changes_nothing() -> None:
+    """Its products would be in bfloat16; the taps are given, since their product is the model's to cast."""
+    given = inputs(2, 2, 6, 8, 4)
+    taps = F.linear(F.silu(given["inner"]), given["weight"], given["bias"]).unflatten(-1, (16, 4))
+    rest = {name: x for name, x in given.items() if name not in ("inner", "weight", "bias", "state", "conv")}
+    states = [(given["state"].clone(), given["conv"].clone()) for _ in range(2)]
+    wanted = jet_decode(**rest, kernels=taps, state=states[0][0], conv=states[0][1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = jet_decode(**rest, kernels=taps, state=states[1][0], conv=states[1][1])
+    assert got.dtype == wanted.dtype and torch.equal(got, wanted)
+    assert all(torch.equal(one, other) for one, other in zip(*states, strict=True))
+
+
+@interpreted
+@pytest.mark.parametrize("fused", [False, True])
+def test_triton_is_launched_on_the_device_of_its_tensors(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from postnas.ops.jet_decode_triton import conv_step_triton, jet_decode_triton
+
+    entered: list[Tensor] = []
+
+    def device_of(x: Tensor) -> Any:
+        entered.append(x)
+        return nullcontext()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    run(inputs(2, 2, 6, 8, 4), jet_decode_triton, conv_step_triton, fused)
+    assert len(entered) == (2 if fused else 1)
 
 
 @interpreted

@@ -131,6 +131,13 @@ def test_bfloat16_states_stay_close_to_float32() -> None:
     assert 0 < (one - other).norm() / one.norm() < 0.02
 
 
+def test_a_float64_model_may_have_states_of_float64_or_less() -> None:
+    model, token = make_hybrid(["jet", "attn"]).double(), tokens(2, 1)[:, 0]
+    wanted = Decoder(model, 2, 8).step(token)
+    assert torch.equal(Decoder(model, 2, 8, dtype=torch.float64).step(token), wanted)
+    assert (Decoder(model, 2, 8, dtype=torch.float32).step(token) - wanted).norm() / wanted.norm() < 1e-5
+
+
 def test_states_never_move_and_random_ones_are_seen() -> None:
     decoder, token = Decoder(make_hybrid(), 2, 16), tokens(2, 1)[:, 0]
     places = [tensor.data_ptr() for tensor in decoder._tensors()]
@@ -182,6 +189,15 @@ def test_mistakes_are_named() -> None:
         Decoder(model, 0, 8)
     with pytest.raises(UserError, match=r"^fixed: True"):
         Decoder(model, 2, 8, fixed=True).load(prefilled(model, ids))
+    for wrong in (ids[:, :2], ids[0, :1], ids[:, 0].float()):
+        with pytest.raises(UserError, match=r"^tokens: .* give one whole number for each of 2 rows$"):
+            Decoder(model, 2, 8).step(wrong)
+    for number in (9, -1):
+        with pytest.raises(UserError, match=rf"^tokens: {number} is not possible; give 0 to the context's 8$"):
+            Decoder(model, 2, 8).fill_random(number)
+    for kind in (torch.float16, torch.float64, torch.int64):
+        with pytest.raises(UserError, match=r"^dtype: torch\..* is no type of a state here; give torch.float32 or"):
+            Decoder(model, 2, 8, dtype=kind)
     endless = Decoder(make_hybrid(["swa", "jet"]), 2, 12)  # a window and a state never fill
     assert endless.generate(ids[:, 0], 30).shape == (2, 30)
 

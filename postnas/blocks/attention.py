@@ -15,6 +15,9 @@ from postnas.blocks.state import KVState
 from postnas.blocks.step import Keys, Step
 from postnas.errors import UserError
 
+FEW = 8
+"""Tokens of a step whose mask is small beside its keys."""
+
 
 @dataclass(frozen=True)
 class AttentionOptions:
@@ -83,9 +86,13 @@ class Attention(nn.Module):
     def _folded(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Attention under a mask, or of one token to all keys, on a GPU. The queries that share a key stand one after
         another as rows of it: with a mask the fast kernels there do not know grouped heads, and would repeat the keys.
+        The mask is then repeated instead, so beyond FEW tokens, where it is the larger one, the keys are.
         """
         group = self.dims.heads // self.dims.kv_heads
         tokens = q.shape[2]
+        if tokens > FEW:
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.dims.scale)
         folded = q.unflatten(1, (-1, group)).flatten(2, 3)
         if mask is not None and group > 1:
             mask = mask.repeat(1, 1, group, 1)

@@ -125,6 +125,8 @@ class Decoder:
         self.device, self.kind = weight.device, weight.dtype
         self.wide = torch.float64 if self.kind == torch.float64 else torch.float32
         self.dtype = dtype or self.wide
+        if self.dtype not in (torch.float32, torch.bfloat16, self.wide):
+            raise UserError(f"dtype: {self.dtype} is no type of a state here; give torch.float32 or torch.bfloat16")
         self.tokens = self._zeros(batch, dtype=torch.int64)
         self.length = self._zeros(batch, dtype=torch.int64)
         """Tokens whose keys each row's caches hold."""
@@ -199,7 +201,12 @@ class Decoder:
 
     @torch.no_grad()
     def fill_random(self, tokens: int | None = None, seed: int = 0) -> None:
-        """States of `tokens` random tokens, `context` - 1 where None: for timing, not for text."""
+        """States of `tokens` random tokens, `context` - 1 where None: for timing, not for text.
+
+        Raises UserError where they are more than `context`.
+        """
+        if tokens is not None and not 0 <= tokens <= self.context:
+            raise UserError(f"tokens: {tokens} is not possible; give 0 to the context's {self.context}")
         generator = torch.Generator(self.device).manual_seed(seed)
         for tensor in self._tensors():
             tensor.normal_(0.0, 0.1, generator=generator)
@@ -248,8 +255,13 @@ class Decoder:
     def step(self, tokens: Tensor) -> Tensor:
         """Read tokens [B] (int64); the logits of the next ones, [B, vocab], valid until the next step.
 
-        Raises UserError where the caches have no room left.
+        Raises UserError where the caches have no room left, or tokens are no [B] whole numbers.
         """
+        if tokens.shape != self.tokens.shape or tokens.is_floating_point():
+            raise UserError(
+                f"tokens: {tokens.dtype} of shape {tuple(tokens.shape)} is not possible; "
+                f"give one whole number for each of {self.batch} rows"
+            )
         if self.bounded and self.used + (not self.fixed) > self.context:
             raise UserError(f"context: {self.context} tokens are full; make a Decoder with a larger context")
         self.tokens.copy_(tokens)

@@ -18,6 +18,9 @@ KERNEL_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the Triton kernels compute; sums are float32 in all of them."""
 WIDEST = 8
 """Taps that the Triton kernels are written for."""
+ROOM = {4: 196_608, 3: 98_304}
+"""Bytes of shared memory that the fused kernel's pipeline stages take in 16 bits: all four stand in it on Hopper, on
+other chips one fewer than there are. What holds no more has two: 65,536 bytes on Turing, 49,152 elsewhere."""
 
 
 def dynamic_conv(
@@ -156,9 +159,15 @@ def last_inputs(
 
 def _has_kernels(x: Tensor, width: int) -> bool:
     """May the Triton kernels take x [B, T, D]? One token a row is decoding, which they are not made for."""
-    return x.is_cuda and x.shape[1] > 1 and x.dtype in KERNEL_TYPES and 2 <= width <= WIDEST and _has_triton()
+    return x.is_cuda and x.shape[1] > 1 and x.dtype in KERNEL_TYPES and 2 <= width <= WIDEST and has_triton()
+
+
+def stages_within(limit: int) -> int:
+    """Pipeline stages of the fused kernel where a block of threads may have `limit` bytes of shared memory."""
+    return next((stages for stages, room in ROOM.items() if room <= limit), 2)
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Is Triton installed? Without it every device takes the plain forms."""
     return importlib.util.find_spec("triton") is not None

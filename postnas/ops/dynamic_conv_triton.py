@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from postnas.ops.dynamic_conv import last_inputs
+from postnas.ops.dynamic_conv import last_inputs, stages_within
 
 CHUNK = 8192
 """Tokens whose taps exist at one time in the backward: 2 x 200 MB in bfloat16 at D 3072, W 4."""
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 FUSED = Tile(tokens=128, channels=64, inner=64, warps=8, stages=4)
-"""Of the product in 16 bits, at four taps: 128 x 256 sums, as in a usual matrix product on this chip."""
+"""Of the product in 16 bits, at four taps: 128 x 256 sums, as in a usual matrix product on Hopper; the stages too."""
 FUSED_WIDE = Tile(tokens=32, channels=16, inner=32, warps=4, stages=2)
 """The same in float32, which has no tensor cores at full precision."""
 GIVEN = Tile(tokens=16, channels=128, inner=0, warps=4, stages=1)
@@ -252,6 +252,9 @@ def fused_forward(
     wide = inner.dtype == torch.float32
     if tile is None:
         tile = FUSED_WIDE if wide else FUSED
+        if x.is_cuda and not wide:
+            chip: Any = torch.cuda.get_device_properties(x.device)  # whose type hints lack the field
+            tile = tile._replace(stages=stages_within(chip.shared_memory_per_block_optin))
         tile = tile._replace(channels=tile.channels * 4 // slots)  # as many sums at any width
     y = torch.empty_like(x)
     grid = triton.cdiv(batch * length, tile.tokens) * triton.cdiv(channels, tile.channels)

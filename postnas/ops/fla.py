@@ -12,11 +12,15 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +32,15 @@ CLOSE = 2e-2
 """Largest relative error of an output or a gradient in bfloat16; right kernels are at 5e-3."""
 LIMIT = 300
 """Seconds that a trial may take: compiling and tuning one shape takes about 100."""
+PATIENCE = LIMIT + 60
+"""Seconds that the other ranks wait for the first one's trial, which they may have asked for a little earlier."""
+PAUSE = 1.0
+"""Seconds between two looks at the record while waiting."""
+DAY = 24 * 3600
+"""Seconds for which a trial that did not come back is not repeated."""
+WRONG, REFUSES, LATE = "fla is wrong", "fla refuses", "fla did not come back"
+"""How the problems begin that say something about the kernels, not about the moment."""
+FINAL = (WRONG, REFUSES)
 LOW = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Types that the kernels compute as they are; in float32 they would round to tf32, so the plain form is taken."""
 
@@ -56,11 +69,15 @@ def usable(q: Tensor, v: Tensor, segments: Tensor | None) -> bool:
 @cache
 def works(shape: Shape) -> bool:
     """Has a trial of this shape on this machine succeeded? Tries it where none is on record."""
-    problem = missing() or trial(shape)
+    problem, again = missing(), ""
+    if problem is None:
+        problem = trial(shape)
+        kept = problem is not None and problem.startswith((*FINAL, LATE))
+        again = f"; to try again, remove {record()}" if kept else "; the next start tries again"
     if problem is not None:
         warnings.warn(
             f"gated delta rule: the plain PyTorch form is taken on this GPU ({problem}); it is right, and several "
-            "times slower in training and prefill",
+            f"times slower in training and prefill{again}",
             stacklevel=2,
         )
     return problem is None
@@ -78,16 +95,49 @@ def missing() -> str | None:
 def trial(shape: Shape) -> str | None:
     """What is wrong with the kernels at this shape; None where they are right.
 
-    Found out once for a device and a set of versions.
+    Found out once for a device and a set of versions: that they are right, wrong or refuse is kept for ever, that
+    they did not come back for a day, and any other failure, such as a full GPU, for the ranks of this start alone.
+    Of a machine's ranks the first one tries, and the others wait for what it finds.
     """
-    path = cache_dir() / "fla-trials.json"
-    kept = read_json(path) if path.exists() else {}
     key = " ".join([*versions(), *(f"{name}={value}" for name, value in asdict(shape).items())])
-    if key not in kept:
-        found = _in_a_process(shape)
-        kept = (read_json(path) if path.exists() else {}) | {key: found}
-        write_json(path, kept)
-    return kept[key]
+    found = _kept(key)
+    if found is None and _follows():
+        until = time.monotonic() + PATIENCE
+        while found is None and time.monotonic() < until:
+            time.sleep(PAUSE)
+            found = _kept(key)
+        return found["problem"] if found else f"rank 0 left no word of its trial in {PATIENCE} s"
+    if found is None:
+        found = {"problem": _in_a_process(shape), "tried": time.time(), "start": _start()}
+        path = record()
+        write_json(path, (read_json(path) if path.exists() else {}) | {key: found})
+    return found["problem"]
+
+
+def record() -> Path:
+    """The file of all trials: by device, versions and shape what was wrong, when it was tried, and in which start."""
+    return cache_dir() / "fla-trials.json"
+
+
+def _kept(key: str) -> dict[str, Any] | None:
+    """What is on record and still holds."""
+    found = read_json(record()).get(key) if record().exists() else None
+    if not isinstance(found, dict):
+        return None
+    problem = found["problem"]
+    if problem is None or problem.startswith(FINAL) or (_start() is not None and found["start"] == _start()):
+        return found
+    return found if problem.startswith(LATE) and time.time() - found["tried"] < DAY else None
+
+
+def _start() -> int | None:
+    """What all ranks of one torchrun on a machine share, and no later start does; None for a process by itself."""
+    return os.getppid() if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1 else None
+
+
+def _follows() -> bool:
+    """Does another rank on this machine try the kernels?"""
+    return _start() is not None and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def versions() -> list[str]:
@@ -102,18 +152,22 @@ def versions() -> list[str]:
 
 
 def _in_a_process(shape: Shape) -> str | None:
-    command = [sys.executable, "-m", "postnas.ops.fla", json.dumps(asdict(shape))]
+    device = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    command = [sys.executable, "-m", "postnas.ops.fla", json.dumps(asdict(shape)), str(device)]
     print(f"fla: trying {shape} once, which takes about 100 s", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return f"fla did not come back in {LIMIT} s"
+        return f"{LATE} in {LIMIT} s"
     if done.returncode != 0:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return f"fla failed: {lines[-1] if lines else f'exit code {done.returncode}'}"
+        last = lines[-1] if lines else f"exit code {done.returncode}"
+        # Its guard names the issue and the mend; where the mend then lacks its compiler, that may be mended any time.
+        refused = ("#640" in last or "tilelang" in last.lower()) and "nvcc" not in last.lower()
+        return f"{REFUSES if refused else 'fla failed'}: {last}"
     errors: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     wrong = {name: error for name, error in errors.items() if not error < CLOSE}
-    return f"fla is wrong: relative errors {wrong}" if wrong else None
+    return f"{WRONG}: relative errors {wrong}" if wrong else None
 
 
 def compare(shape: Shape, device: str = "cuda", tokens: int = 192) -> dict[str, float]:
@@ -185,4 +239,5 @@ def gated_delta_rule(
 
 
 if __name__ == "__main__":
+    torch.cuda.set_device(int(sys.argv[2]))
     print(json.dumps(compare(Shape(**json.loads(sys.argv[1])))))

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from postnas.ops.dynamic_conv import has_triton
 from postnas.ops.gated_delta_rule import recurrent_gated_delta_rule
 
 
@@ -43,7 +44,7 @@ def jet_decode(
     out: what the output is written to, contiguous; new where None.
     """
     form: Callable[..., Tensor] = jet_decode_plain
-    if state.is_cuda and v.dtype != torch.float64:
+    if _has_kernels(state, v):
         from postnas.ops.jet_decode_triton import jet_decode_triton as form
     return form(
         q=q,
@@ -73,7 +74,7 @@ def conv_step(
     before x, moved on by one token in place. out: what the output is written to, contiguous; new where None.
     """
     form: Callable[..., Tensor] = conv_step_plain
-    if conv.is_cuda and x.dtype != torch.float64:
+    if _has_kernels(conv, x):
         from postnas.ops.jet_decode_triton import conv_step_triton as form
     return form(x=x, inner=inner, weight=weight, bias=bias, conv=conv, out=out)
 
@@ -101,14 +102,15 @@ def jet_decode_plain(
     if kernels is not None:
         assert conv is not None
         v = _convolve(v, kernels, conv)
-    o, after = recurrent_gated_delta_rule(
-        q=F.silu(q.to(wide)).unflatten(-1, (1, heads, key_dim)),
-        k=F.silu(k.to(wide)).unflatten(-1, (1, heads, key_dim)),
-        v=v.to(wide).unflatten(-1, (1, heads, value_dim)),
-        g=-A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))[:, None],
-        beta=torch.sigmoid(b.to(wide))[:, None],
-        state=state,
-    )
+    with torch.autocast(state.device.type, enabled=False):  # which would round the products to bfloat16
+        o, after = recurrent_gated_delta_rule(
+            q=F.silu(q.to(wide)).unflatten(-1, (1, heads, key_dim)),
+            k=F.silu(k.to(wide)).unflatten(-1, (1, heads, key_dim)),
+            v=v.to(wide).unflatten(-1, (1, heads, value_dim)),
+            g=-A_log.to(wide).exp() * F.softplus(a.to(wide) + dt_bias.to(wide))[:, None],
+            beta=torch.sigmoid(b.to(wide))[:, None],
+            state=state,
+        )
     state.copy_(after)
     o = o[:, 0] * torch.rsqrt(o[:, 0].square().mean(-1, keepdim=True) + eps) * norm_weight.to(wide)
     o = o.flatten(1) * F.silu(gate.to(wide))
@@ -130,6 +132,11 @@ def _convolve(x: Tensor, kernels: Tensor, conv: Tensor) -> Tensor:
     y = (window.to(_wide(x)) * kernels.to(_wide(x)).transpose(1, 2)).sum(1)
     conv.copy_(window[:, 1:])
     return F.silu(y)
+
+
+def _has_kernels(state: Tensor, x: Tensor) -> bool:
+    """May the Triton forms take a token x on this state?"""
+    return state.is_cuda and x.dtype != torch.float64 and has_triton()
 
 
 def _wide(x: Tensor) -> torch.dtype:

@@ -47,40 +47,41 @@ def jet_decode_triton(
     taps = 0 if kernels is None else kernels.shape[-1]
     assert all(x.stride(-1) == 1 for x in (q, k, v, gate, a, b)), "channels must lie side by side"
     assert all(x.is_contiguous() for x in (state, out, kernels, conv) if x is not None), "must be contiguous"
-    _jet_decode[(batch * heads,)](
-        q,
-        k,
-        v,
-        gate,
-        a,
-        b,
-        v if kernels is None else kernels,
-        v if conv is None else conv,
-        state,
-        A_log,
-        dt_bias,
-        norm_weight,
-        out,
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
-        gate.stride(0),
-        a.stride(0),
-        b.stride(0),
-        eps,
-        key_dim**-0.5,
-        heads,
-        K=key_dim,
-        V=value_dim,
-        W=taps,
-        TAPS=triton.next_power_of_2(taps) if taps else 1,
-        BK=triton.next_power_of_2(key_dim),
-        BV=tile,
-        TILES_V=triton.cdiv(value_dim, tile),
-        ROWS=triton.next_power_of_2(triton.cdiv(value_dim, tile)),
-        STAGES=stages or usual[2],
-        num_warps=warps or usual[1],
-    )
+    with torch.cuda.device_of(state):
+        _jet_decode[(batch * heads,)](
+            q,
+            k,
+            v,
+            gate,
+            a,
+            b,
+            v if kernels is None else kernels,
+            v if conv is None else conv,
+            state,
+            A_log,
+            dt_bias,
+            norm_weight,
+            out,
+            q.stride(0),
+            k.stride(0),
+            v.stride(0),
+            gate.stride(0),
+            a.stride(0),
+            b.stride(0),
+            eps,
+            key_dim**-0.5,
+            heads,
+            K=key_dim,
+            V=value_dim,
+            W=taps,
+            TAPS=triton.next_power_of_2(taps) if taps else 1,
+            BK=triton.next_power_of_2(key_dim),
+            BV=tile,
+            TILES_V=triton.cdiv(value_dim, tile),
+            ROWS=triton.next_power_of_2(triton.cdiv(value_dim, tile)),
+            STAGES=stages or usual[2],
+            num_warps=warps or usual[1],
+        )
     return out
 
 
@@ -206,26 +207,27 @@ def conv_step_triton(
     assert x.stride(1) == inner.stride(1) == 1, "channels must lie side by side"
     assert all(part.is_contiguous() for part in (weight, bias, conv, out)), "must be contiguous"
     rows = min(max(triton.next_power_of_2(batch), 16), 64)
-    _conv_step[(triton.cdiv(width, channels), triton.cdiv(batch, rows))](
-        x,
-        inner,
-        weight,
-        bias,
-        conv,
-        out,
-        x.stride(0),
-        inner.stride(0),
-        batch,
-        width,
-        R=inner.shape[1],
-        W=taps,
-        TAPS=triton.next_power_of_2(taps),
-        BB=rows,
-        BD=channels,
-        BR=min(128, triton.next_power_of_2(inner.shape[1])) if inner.shape[1] > 16 else 16,
-        num_warps=warps or (4 if rows == 16 else 8),  # with four, 64 rows spill registers
-        num_stages=3,
-    )
+    with torch.cuda.device_of(conv):
+        _conv_step[(triton.cdiv(width, channels), triton.cdiv(batch, rows))](
+            x,
+            inner,
+            weight,
+            bias,
+            conv,
+            out,
+            x.stride(0),
+            inner.stride(0),
+            batch,
+            width,
+            R=inner.shape[1],
+            W=taps,
+            TAPS=triton.next_power_of_2(taps),
+            BB=rows,
+            BD=channels,
+            BR=min(128, triton.next_power_of_2(inner.shape[1])) if inner.shape[1] > 16 else 16,
+            num_warps=warps or (4 if rows == 16 else 8),  # with four, 64 rows spill registers
+            num_stages=3,
+        )
     return out
 
 
