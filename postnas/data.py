@@ -114,7 +114,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower for a damaged file
         raise UserError(f"{folder}: holds no tokenizer that can be read ({error}); add its tokenizer.json") from error
 

@@ -10,10 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import yaml
@@ -29,7 +29,7 @@ from postnas.models.checkpoint import base_folder, load_base
 from postnas.models.load import load
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Supernet
-from postnas.recipe import STAGES, Recipe, differences
+from postnas.recipe import STAGES, Recipe, Text, differences
 from postnas.report.card import model_card
 from postnas.report.html import write_report
 from postnas.search import objectives
@@ -115,9 +115,7 @@ class Run:
     def scored_on(self) -> dict[str, objectives.Objective]:
         """The rows of each objective; those of text are from the held-out half that nothing else is measured on."""
         place = self.recipe.place
-        weights = [*place.objective.items(), *(place.windows_objective.items() if place.windows else ())]
-        names = list(dict.fromkeys(name for name, weight in weights if weight > 0))
-        return objectives.make(names, self.tokens[1].half(1), self.tokenizer, place.tokens, self.recipe.seed)
+        return objectives.make(place.objectives, self.tokens[1].half(1), self.tokenizer, place.tokens, self.recipe.seed)
 
     def placement(self) -> list[str]:
         return read_json(self.folder / "placement.json")["placement"]
@@ -232,7 +230,7 @@ def claim(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> None
         if not isinstance(stored, dict):
             raise UserError(f"{path}: is no recipe; choose another `out`, or remove the file")
         fixed = _fixed(folder, done, only)
-        changed = differences(_with_defaults(stored, resolved), resolved)
+        changed = differences(_with_defaults(Recipe, stored), resolved)
         for field, values in changed.items():
             if field.split(".")[0] in fixed:
                 raise UserError(
@@ -241,19 +239,31 @@ def claim(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> None
                 )
         if any(field.startswith("evaluate.") for field in changed):
             (folder / "eval.partial.json").unlink(missing_ok=True)
-        if not changed:
+        if stored == resolved:
             return
     write_text(path, yaml.safe_dump(resolved, sort_keys=False))
 
 
-def _with_defaults(stored: dict[str, Any], resolved: dict[str, Any]) -> dict[str, Any]:
-    """A kept recipe with today's defaults for fields that came after it, which then worked as they do."""
-    required = {name: resolved.get(name) for name in ("base", "data")}
-    try:
-        defaults = parse_recipe(required | {name: {} for name in ()}).to_dict()
-    except UserError:
-        return stored
-    return stored
+def _with_defaults(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values of a kept recipe (kind: Recipe, or a section of it) with today's defaults for what they lack.
+
+    A field that came after a run was made stands for what was done before it, as its default does.
+    """
+    filled, types = dict(values), get_type_hints(kind)
+    for field in fields(kind):
+        if field.name not in values:
+            if field.default_factory is not MISSING:
+                made = field.default_factory()
+                filled[field.name] = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
+            elif field.default is not MISSING:
+                filled[field.name] = field.default
+            continue
+        value, of = values[field.name], types[field.name]
+        if is_dataclass(of) and isinstance(value, dict):
+            filled[field.name] = _with_defaults(of, value)
+        elif of == list[Text] and isinstance(value, list):
+            filled[field.name] = [_with_defaults(Text, one) if isinstance(one, dict) else one for one in value]
+    return filled
 
 
 def _fixed(folder: Path, done: dict[str, Any], only: str | None) -> set[str]:
@@ -324,6 +334,7 @@ def _evaluate(state: Run) -> None:
         copy_filler=settings.copy_filler,
         seed=recipe.seed,
         allow_code=settings.allow_code,
+        excluded=lambda task: objectives.excluded_rows(task, recipe.place.objectives),
         done=read_json(partial) if partial.exists() else None,
         save=lambda value: write_json(partial, value),
     )

@@ -170,6 +170,12 @@ class Place:
         _need(self.window >= 2, "place.window", self.window, "give 2 or more tokens")
         _positive(self, "tokens", "width", "steps", "lr")
 
+    @property
+    def objectives(self) -> list[str]:
+        """All that placements are scored on, by either pass."""
+        weights = [*self.objective.items(), *(self.windows_objective.items() if self.windows else ())]
+        return list(dict.fromkeys(name for name, weight in weights if weight > 0))
+
 
 @dataclass(frozen=True)
 class Train:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from postnas.errors import UserError
 from postnas.evaluate import batches
-from postnas.evaluate.batches import Request, Scored, generate, loglikelihoods
+from postnas.evaluate.batches import Request, Scored, generate, loglikelihoods, row_bytes
+from postnas.models.cache import HybridCache
 from postnas.models.model import HybridForCausalLM
 
 PLACEMENTS = {
@@ -270,5 +271,101 @@ def test_mistakes_are_one_line(hybrid: HybridForCausalLM) -> None:
     }
     for line, call in calls.items():
         with pytest.raises(UserError, match=line) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+
+def test_a_batch_holds_no_more_states_than_fit(hybrid: HybridForCausalLM) -> None:
+    """Short rows carry whole recurrent states and blocks of slots, so tokens alone do not bound a batch."""
+    asked = drawn(20, *[3] * 8)
+    expected = [alone(hybrid, prompt) for prompt in asked]
+    room = 3 * row_bytes(hybrid, 3 + NEW)
+    for given, rows in ((room, [3, 3, 2]), (room - 1, [2] * 4), (1, [1] * 8), (None, [8])):
+        with forwards(hybrid) as shapes:
+            found = generate(hybrid, asked, max_new_tokens=NEW, batch_tokens=10_000, batch_bytes=given)
+        assert found == expected
+        assert [shape[0] for shape in shapes if shape[1] == 3] == rows
+
+
+def test_a_row_counts_all_its_states() -> None:
+    model = make_hybrid(["jet", "gated_deltanet", "attn"])
+    cache = HybridCache(model.config)
+    model(torch.zeros(1, 5, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    held = sum(value.numel() * value.element_size() for state in cache.states for value in state.tensors().values())
+    assert held <= row_bytes(model, 5) <= 1.2 * held + 8 * 97
+    assert row_bytes(model, 2000) > row_bytes(model, 5)
+
+
+def test_likelihoods_that_share_a_cache_keep_to_its_room(hybrid: HybridForCausalLM) -> None:
+    requests = [Request(prompt, choice) for prompt in drawn(21, 30, 31) for choice in drawn(22, 3, 4, 5, 6)]
+    room = 2 * row_bytes(hybrid, 64)
+    with forwards(hybrid) as shapes:
+        found = loglikelihoods(hybrid, requests, batch_tokens=10_000, batch_bytes=room, prefix="none")
+    assert max(rows for rows, _ in shapes) == 2
+    agree(found, one_by_one(hybrid, requests))
+
+
+def test_no_pass_takes_more_tokens_than_its_activations_may(
+    model: HybridForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of equal length need no mask, and are cut all the same."""
+    monkeypatch.setattr(batches, "PASS", 60)
+    asked = drawn(23, 33, 33, 33, 33)
+    with forwards(model) as shapes:
+        found = generate(model, asked, max_new_tokens=NEW, batch_tokens=10_000, prefix="none")
+    assert found == [alone(model, prompt) for prompt in asked]
+    assert shapes[:4] == [(4, 15), (4, 15), (4, 2), (4, 1)]
+    with forwards(model) as shapes:
+        agree(
+            loglikelihoods(model, [Request(prompt, [5, 6]) for prompt in asked], batch_tokens=10_000),
+            one_by_one(model, [Request(prompt, [5, 6]) for prompt in asked]),
+        )
+    assert max(rows * width for rows, width in shapes) <= 60
+
+
+@contextmanager
+def small_memory(model: HybridForCausalLM, rows: int, at: int = 1) -> Iterator[None]:
+    """A device that has no room for more than `rows` rows from the `at`-th forward pass on."""
+    count = 0
+
+    def refuse(_: Any, args: Any, kwargs: Any) -> None:
+        nonlocal count
+        count += 1
+        if len(args[0]) > rows and count >= at:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    handle = model.register_forward_pre_hook(refuse, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_batch_that_does_not_fit_is_halved(hybrid: HybridForCausalLM, at: int) -> None:
+    asked, end_ids = prompts(), {alone(hybrid, prompts()[0])[2]}
+    expected = [alone(hybrid, prompt, end_ids) for prompt in asked]
+    requests = questions()
+    with small_memory(hybrid, rows=2, at=at):
+        assert generate(hybrid, asked, max_new_tokens=NEW, batch_tokens=10_000, end_ids=end_ids) == expected
+        found = loglikelihoods(hybrid, requests, batch_tokens=10_000, share=False)
+    agree(found, one_by_one(hybrid, requests))
+
+
+def test_likelihoods_are_not_read_twice_where_a_batch_is_halved(hybrid: HybridForCausalLM) -> None:
+    """The trunks fit and are read; their branches, which are more, do not."""
+    requests = [Request(prompt, choice) for prompt in drawn(24, 50, 60) for choice in drawn(25, 3, 5)]
+    with small_memory(hybrid, rows=2):
+        found = loglikelihoods(hybrid, requests, batch_tokens=10_000, prefix="none")
+    agree(found, one_by_one(hybrid, requests))
+
+
+def test_a_row_that_does_not_fit_is_one_line(hybrid: HybridForCausalLM) -> None:
+    calls = (
+        lambda: generate(hybrid, prompts(), max_new_tokens=2, batch_tokens=99),
+        lambda: loglikelihoods(hybrid, questions(), batch_tokens=99),
+    )
+    for call in calls:
+        with small_memory(hybrid, rows=0), pytest.raises(UserError, match=r"--device: .*--dtype") as caught:
             call()
         assert "\n" not in str(caught.value)

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny import make_base, make_text, tiny_recipe, write_recipe
 
 from postnas.__main__ import main
+from postnas.evaluate import groups
 from postnas.files import locked, read_json, read_jsonl
+from postnas.pipeline import _with_defaults
+from postnas.recipe import Base, Data, Recipe, Text
 
 STAGES = {"stages": ["align", "place"]}
 
@@ -71,3 +75,37 @@ def test_bench_may_be_asked_again(recipe: Path, tmp_path: Path) -> None:
     assert main(["bench", str(recipe), "--bench.contexts", "[16]"]) == 0
     assert {row["context"] for row in read_json(tmp_path / "run" / "bench.json")["rows"]} == {16}
     assert hashlib.sha256((tmp_path / "run" / "model" / "model.safetensors").read_bytes()).hexdigest() == model
+
+
+def test_a_run_made_before_a_field_existed_goes_on(recipe: Path, tmp_path: Path) -> None:
+    """Fields that came later stand at their defaults, in sections and in lists; other values are still another run."""
+    assert main(["run", str(recipe)]) == 0
+    path = tmp_path / "run" / "recipe.yaml"
+    whole = yaml.safe_load(path.read_text())
+    old = yaml.safe_load(path.read_text())
+    del old["align"]["start"], old["evaluate"]["allow_code"], old["data"]["borders"], old["data"]["text"][0]["field"]
+    del old["bench"]["batch"]
+    path.write_text(yaml.safe_dump(old))
+    assert main(["align", str(recipe), "--align.start", "plus_minus"]) == 2
+    assert main(["align", str(recipe), "--data.borders", "true"]) == 2
+    assert yaml.safe_load(path.read_text()) == old
+    assert main(["align", str(recipe)]) == 0
+    assert yaml.safe_load(path.read_text()) == whole
+
+
+def test_defaults_of_a_whole_section_are_filled_in() -> None:
+    whole = Recipe(Base("x"), Data([Text("y")])).to_dict()
+    bare = {"base": {"model": "x"}, "data": {"text": [{"source": "y"}]}}
+    assert _with_defaults(Recipe, bare) == whole
+    assert _with_defaults(Recipe, bare | {"gone": 1})["gone"] == 1  # a field that is no more still tells a difference
+    assert _with_defaults(Recipe, {"data": {"text": "y"}, "align": None})["align"] is None  # damage is left as it is
+
+
+def test_a_check_of_names_does_not_ask_the_hub(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object) -> str:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(groups, "runnable", asked)
+    assert main(["align", str(recipe), "--evaluate.tasks", "[paper, commonsense, piqa]"]) == 0
+    assert main(["place", str(recipe), "--evaluate.tasks", "[paper, no_such_task]"]) == 2
+    assert main(["place", str(recipe), "--evaluate.tasks", "[humaneval]"]) == 2

@@ -235,6 +235,60 @@ def test_a_metric_that_is_code_from_the_hub_is_refused(base: Path) -> None:
     assert evaluate.load is before
 
 
+@needs_lm_eval
+def test_a_task_that_would_run_the_models_code_is_one_line(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "unsafe.yaml"
+    path.write_text(yaml.safe_dump(two_tasks(tmp_path)["texts"] | {"unsafe_code": True}))
+    with pytest.raises(UserError, match=r"^--tasks: Attempted to run task: .* unsafe; choose another task$") as caught:
+        harness.main(["--model_args", f"pretrained={base}", "--device", "cpu", "--tasks", str(path)])
+    assert "\n" not in str(caught.value)
+
+
+@needs_lm_eval
+@pytest.mark.parametrize(
+    "name", ["prompt_robustness_math_algebra", "arc_easy,non_greedy_robustness_math_precalc", "score_robustness_math"]
+)
+def test_tasks_that_evaluate_an_answer_as_python_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"--tasks: \w*robustness_math\w* runs what the model wrote"):
+        harness.main(["--tasks", name])
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("way", ["wildcard", "file"])
+def test_they_are_refused_by_any_other_name(way: str, base: Path, tmp_path: Path) -> None:
+    name = "*_robustness_mat*_algebra"
+    if way == "file":
+        (tmp_path / "own.py").write_text(f"from {harness.EVALS} import math_equal\n\ndef shown(doc):\n    return 'x'\n")
+        fields = yaml.safe_dump(two_tasks(tmp_path)["texts"] | {"doc_to_text": "SHOWN"})
+        (tmp_path / "own.yaml").write_text(fields.replace("SHOWN", "!function own.shown"))
+        name = str(tmp_path / "own.yaml")
+    with pytest.raises(UserError, match="SCORE's math runs what the model wrote"):
+        harness.main(["--model_args", f"pretrained={base}", "--device", "cpu", "--tasks", name])
+    assert harness.EVALS not in sys.modules
+
+
+@needs_lm_eval
+@pytest.mark.parametrize("kind", ["AutoTokenizer", "AutoConfig", "AutoModelForCausalLM"])
+def test_code_beside_a_model_is_not_run_whatever_a_task_allows(kind: str, tmp_path: Path) -> None:
+    """RULER and babilong load the model's tokenizer with trust_remote_code=True."""
+    import transformers
+
+    mark = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    code = {"AutoConfig": "own.C", "AutoTokenizer": ["own.T", None], "AutoModelForCausalLM": "own.M"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": code}))
+    auto: Any = getattr(transformers, kind)
+    before = {owner: vars(owner)["from_pretrained"] for owner in harness._auto_classes()}
+    with harness._no_code_from_the_hub(), pytest.raises(Exception):  # noqa: B017
+        auto.from_pretrained(tmp_path, trust_remote_code=True)
+    assert not mark.exists()
+    assert before == {owner: vars(owner)["from_pretrained"] for owner in harness._auto_classes()}
+    with pytest.raises(Exception):  # noqa: B017
+        auto.from_pretrained(tmp_path, trust_remote_code=True)
+    assert mark.exists(), "the test must notice what it looks for"
+
+
 MODEL_MISTAKES = [
     ({"pretrained": ""}, "pretrained is missing"),
     ({"dtype": "int7"}, "dtype 'int7'.*bfloat16"),

@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,10 @@ WORTH = 1 / 3
 """A cache is shared where that saves at least this part of the tokens; below, its copies cost more (PIQA on a CPU)."""
 PIECE = 1024
 """Columns that one forward pass takes where attention needs a mask, which grows with columns times keys."""
+PASS = 65_536
+"""Rows times columns that one forward pass takes: its activations grow with both, whatever a cache may hold."""
+CPU_BYTES = 1 << 30
+"""What the caches of a batch may hold on a CPU."""
 
 Item = TypeVar("Item")
 
@@ -85,16 +90,18 @@ def loglikelihoods(
     requests: Sequence[Request],
     *,
     batch_tokens: int,
+    batch_bytes: int | None = None,
     prefix: str = "auto",
     share: bool = True,
     label: str = "score",
 ) -> list[Scored]:
     """What the model says to each request, in the order of `requests`.
 
-    batch_tokens: tokens of a batch, padding and cached tokens included; a longer row goes alone.
+    batch_tokens: tokens of a batch, padding and cached tokens included; a longer row goes alone. batch_bytes: what
+    the caches of a batch may hold, `cache_room` where None; only rows that leave or go on from a cache count.
     prefix: `auto` runs what all prompts begin with once; `none` does not. share: run the prompt of several
     requests once. Where all its continuations but one are single tokens, nothing else is run for them.
-    Raises UserError for an empty prompt or continuation.
+    Raises UserError for an empty prompt or continuation, and where one row does not fit the device's memory.
     """
     _check_prompts([request.prompt for request in requests])
     for number, request in enumerate(requests):
@@ -103,17 +110,27 @@ def loglikelihoods(
     groups: dict[object, list[int]] = {}
     for index, request in enumerate(requests):
         groups.setdefault(tuple(request.prompt) if share else index, []).append(index)
-    held, cache = _prefill(model, [requests[members[0]].prompt for members in groups.values()], prefix)
-    jobs = [job for members in groups.values() for job in _jobs(requests, members, held)]
     found: list[list[tuple[float, float]]] = [[] for _ in requests]
-    fed = sum(len(row.tokens) for job in jobs for row in (job.trunk, *job.branches))
-    with Progress(label, total=held + fed) as bar:
-        bar.advance(held)
-        for several in (True, False):  # only rows with branches must leave a cache behind
-            some = [job for job in jobs if bool(job.branches) == several]
-            for batch in _batches(some, lambda job: job.size(held), batch_tokens):
-                _score(model, batch, cache, held, requests, found, batch_tokens)
-                bar.advance(sum(len(row.tokens) for job in batch for row in (job.trunk, *job.branches)))
+    with _one_row_fits(model):
+        held, cache = _prefill(model, [requests[members[0]].prompt for members in groups.values()], prefix)
+        jobs = [job for members in groups.values() for job in _jobs(requests, members, held)]
+        fed = sum(len(row.tokens) for job in jobs for row in (job.trunk, *job.branches))
+        with Progress(label, total=held + fed) as bar:
+            bar.advance(held)
+            for several in (True, False):  # only rows with branches must leave a cache behind
+                some = [job for job in jobs if bool(job.branches) == several]
+                most = _most(model, batch_tokens, batch_bytes, cached=several or held > 0)
+
+                def work(batch: list[Job], most: Callable[[int], int] = most) -> None:
+                    for job in batch:
+                        for row in (job.trunk, *job.branches):
+                            for index, begin, _ in row.readings:
+                                del found[index][begin:]  # what a batch that was too large has left
+                    _score(model, batch, cache, held, requests, found, most)
+                    bar.advance(sum(len(row.tokens) for job in batch for row in (job.trunk, *job.branches)))
+
+                for batch in _batches(some, lambda job: job.size(held), most):
+                    _halved(work, batch)
     results = []
     for pairs in found:
         values = [value for value, _ in pairs]
@@ -128,6 +145,7 @@ def generate(
     *,
     max_new_tokens: int,
     batch_tokens: int,
+    batch_bytes: int | None = None,
     stop: Callable[[list[int]], bool] | None = None,
     end_ids: Set[int] = frozenset(),
     prefix: str = "auto",
@@ -137,22 +155,28 @@ def generate(
 
     An answer ends with a token of `end_ids`, when `stop` says so of its new tokens (asked after each), or after
     `max_new_tokens`; the last token stays in it. A finished row leaves its batch. batch_tokens: rows times
-    tokens, prompt and answer together; a longer row goes alone. prefix: as in `loglikelihoods`.
-    Raises UserError for an empty prompt, or no token to make.
+    tokens, prompt and answer together; a longer row goes alone. batch_bytes: what the caches of a batch may hold,
+    recurrent states included; `cache_room` where None. prefix: as in `loglikelihoods`.
+    Raises UserError for an empty prompt, or no token to make, and where one row does not fit the device's memory.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens: {max_new_tokens} makes nothing; give 1 or more")
     _check_prompts(prompts)
-    held, shared = _prefill(model, prompts, prefix)
     answers: list[list[int]] = [[] for _ in prompts]
 
     def ended(answer: list[int]) -> bool:
         return len(answer) == max_new_tokens or answer[-1] in end_ids or (stop is not None and stop(answer))
 
-    with Progress(label, total=len(prompts), unit="answers") as bar:
-        for batch in _batches(
-            range(len(prompts)), lambda index: (1, len(prompts[index]) + max_new_tokens), batch_tokens
-        ):
+    with _one_row_fits(model), Progress(label, total=len(prompts), unit="answers") as bar:
+        held, shared = _prefill(model, prompts, prefix)
+        whole: set[int] = set()
+
+        def work(batch: list[int]) -> None:
+            batch = [index for index in batch if index not in whole]
+            if not batch:
+                return
+            for index in batch:
+                answers[index].clear()  # what a batch that was too large has left
             cache = _empty(model) if shared is None else _repeated(shared, [0] * len(batch), model.device)
             logits = _forward(model, *_padded([prompts[index][held:] for index in batch], model.device), cache, 1)
             while batch:
@@ -161,6 +185,7 @@ def generate(
                     answers[index].append(token)
                 going = [row for row, index in enumerate(batch) if not ended(answers[index])]
                 bar.advance(len(batch) - len(going))
+                whole.update(set(batch) - {batch[row] for row in going})
                 if going and len(going) < len(batch):
                     rows = torch.tensor(going, device=model.device)
                     cache.batch_select_indices(rows)
@@ -168,7 +193,67 @@ def generate(
                 batch = [batch[row] for row in going]
                 if batch:
                     logits = _forward(model, new[:, None], None, cache, 1)
+
+        most = _most(model, batch_tokens, batch_bytes, cached=True)
+        for batch in _batches(range(len(prompts)), lambda index: (1, len(prompts[index]) + max_new_tokens), most):
+            _halved(work, batch)
     return answers
+
+
+def cache_room(device: torch.device) -> int:
+    """Bytes that the caches of a batch may hold: on a GPU a third of what is free, as they grow by copies."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch keeps it for us
+    return (free + unused) // 3
+
+
+def row_bytes(model: HybridForCausalLM, width: int) -> int:
+    """What a row of `width` tokens holds: KV caches in whole blocks of slots, recurrent states, its last logits twice.
+
+    The states of linear layers are there in full, however short the row is.
+    """
+    slots = math.ceil(width / BLOCK) * BLOCK
+    mixers: list[Any] = [layer.self_attn for layer in model.model.layers]
+    states = sum(mixer.state_bytes(slots, model.dtype) for mixer in mixers)
+    return states + 2 * model.config.vocab_size * model.dtype.itemsize
+
+
+def _most(model: HybridForCausalLM, batch_tokens: int, batch_bytes: int | None, cached: bool) -> Callable[[int], int]:
+    """How many rows of a width a batch holds, at least one."""
+    room = cache_room(model.device) if batch_bytes is None else batch_bytes
+
+    def most(width: int) -> int:
+        rows = batch_tokens // width
+        return max(1, min(rows, room // row_bytes(model, width)) if cached else rows)
+
+    return most
+
+
+def _halved(work: Callable[[list[Item]], None], batch: list[Item]) -> None:
+    """Do `work` on the batch, in halves where the device's memory is too small. One item that does not fit raises."""
+    try:
+        work(batch)
+        return
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    # Outside of the except block, where the error's frames hold no tensors any more.
+    torch.cuda.empty_cache()
+    for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
+        _halved(work, half)
+
+
+@contextmanager
+def _one_row_fits(model: HybridForCausalLM) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"--device: the memory of {model.device} is too small for one row; "
+            "give --dtype bfloat16, shorter tasks (--tasks) or --device cpu"
+        ) from None
 
 
 def _check_prompts(prompts: Sequence[list[int]]) -> None:
@@ -196,8 +281,10 @@ def _jobs(requests: Sequence[Request], members: list[int], held: int) -> list[Jo
     return [Job(row) for row in rows]
 
 
-def _batches(items: Iterable[Item], size: Callable[[Item], tuple[int, int]], budget: int) -> Iterator[list[Item]]:
-    """Items with as many rows as `budget` tokens hold, at least one item. size: rows, and tokens of a row.
+def _batches(
+    items: Iterable[Item], size: Callable[[Item], tuple[int, int]], most: Callable[[int], int]
+) -> Iterator[list[Item]]:
+    """Items with at most `most(width)` rows, at least one item. size: rows, and tokens of a row.
 
     Longest first: padding is least, and a batch that does not fit memory fails at once.
     """
@@ -205,7 +292,7 @@ def _batches(items: Iterable[Item], size: Callable[[Item], tuple[int, int]], bud
     rows = width = 0
     for item in sorted(items, key=lambda item: -size(item)[1]):
         more, tokens = size(item)
-        if batch and (rows + more) * width > budget:
+        if batch and rows + more > most(width):
             yield batch
             batch, rows = [], 0
         width = width if batch else tokens
@@ -221,7 +308,7 @@ def _score(
     held: int,
     requests: Sequence[Request],
     found: list[list[tuple[float, float]]],
-    batch_tokens: int,
+    most: Callable[[int], int],
 ) -> None:
     """Run a batch of jobs and add (log-probability, is it the most likely?) of each token to `found`."""
     device = model.device
@@ -232,7 +319,7 @@ def _score(
     elif branches:
         cache = _empty(model)
     _read(model, [job.trunk for job in jobs], cache, requests, found)
-    size = max(1, batch_tokens // max(job.size(held)[1] for job in jobs))
+    size = most(max(job.size(held)[1] for job in jobs))
     for begin in range(0, len(branches), size):  # more than one only for a prompt with many long continuations
         part = branches[begin : begin + size]
         assert cache is not None
@@ -279,13 +366,18 @@ def _padded(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor
 def _forward(
     model: HybridForCausalLM, ids: Tensor, mask: Tensor | None, cache: HybridCache | None, keep: int
 ) -> Tensor:
-    """Logits [B, keep, vocab] of the last `keep` columns; `cache` then holds all of them."""
-    before = ids.shape[1] - keep
+    """Logits [B, keep, vocab] of the last `keep` columns; `cache` then holds all of them.
+
+    A pass takes at most PASS tokens, and at most PIECE columns where it needs a mask, as all pieces but the first do.
+    """
+    rows, columns = ids.shape
+    before = columns - keep
     masked = mask is not None or (cache is not None and cache.is_initialized)
-    if masked and before > 0 and ids.shape[1] > PIECE:
+    if before > 0 and ((masked and columns > PIECE) or rows * columns > PASS):
         cache = _empty(model) if cache is None else cache
-        for begin in range(0, before, PIECE):
-            piece = slice(begin, min(begin + PIECE, before))
+        size = max(1, min(PIECE, PASS // rows))
+        for begin in range(0, before, size):
+            piece = slice(begin, min(begin + size, before))
             part = None if mask is None else mask[:, piece]
             model(ids[:, piece], attention_mask=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         ids, mask = ids[:, before:], None if mask is None else mask[:, before:]

@@ -14,6 +14,7 @@ import io
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -50,7 +51,11 @@ OPTIONS = {
     "truncation",
 }
 """Arguments of lm_eval's own Hugging Face model that make sense for a model that we load."""
-MISTAKES = ("Tasks not found", "Couldn't find cache", "BuilderConfig", "Bad split", "Unknown split")
+EVALS = "lm_eval.tasks.score.math.math_grader"
+"""Module of the SCORE math tasks; it hands the model's answer to sympy's parse_expr, which runs it as Python."""
+EVALS_NAME = "robustness_math"
+"""What the names of those tasks and their groups hold."""
+MISTAKES = ("Tasks not found", "Couldn't find cache", "BuilderConfig", "Bad split", "Unknown split", "The repository")
 """How lm_eval and datasets begin a ValueError that tells of a name that is wrong, or of data that is not here."""
 
 
@@ -74,6 +79,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a file, or data that cannot be fetched
         raise UserError(f"lm_eval: {short(error)}; check the name, the path and the way to the hub") from error
     except ValueError as error:
+        if str(error).startswith("Attempted to run"):  # a task that runs the model's code, or shows it pictures
+            raise UserError(f"--tasks: {short(str(error).partition('. ')[0])}; choose another task") from error
         if not str(error).startswith(MISTAKES):
             raise
         raise UserError(f"lm_eval: {short(error)}; `lm-eval ls tasks` lists what there is") from error
@@ -163,6 +170,10 @@ def _check(args: Namespace) -> None:
             raise UserError(f"--model: {given['model']!r} is not ours; leave it out, or run lm_eval itself")
         if not given.get("tasks"):
             raise UserError("--tasks: none is given; name some, as `lm-eval ls tasks` lists them")
+        tasks = given["tasks"]
+        for name in tasks.split(",") if isinstance(tasks, str) else tasks:
+            if EVALS_NAME in str(name):
+                raise UserError(f"--tasks: {name} {_EVALS_WHY}")
         args.model = MODEL
         with contextlib.redirect_stdout(io.StringIO()):  # it shows a file's settings, and will again
             EvaluatorConfig.from_cli(args)
@@ -172,20 +183,71 @@ def _check(args: Namespace) -> None:
         raise UserError(f"lm_eval: {short(error)}; mend the flags or the file of --config") from error
 
 
+_EVALS_WHY = "runs what the model wrote as Python in this very process; choose another task"
+
+
+class _Refused(ModuleType):
+    """Stands for a module that must not be used, however a task comes to it: by a group, a wildcard or a file."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what importing itself asks for
+            raise AttributeError(name)
+        raise UserError(f"--tasks: SCORE's math {_EVALS_WHY}")
+
+
 @contextlib.contextmanager
 def _no_code_from_the_hub() -> Iterator[None]:
-    """Some tasks take their metric from the hub as a Python file, as soon as they are loaded."""
+    """Nothing that a task fetches is run, whatever the task itself asks for.
+
+    Some tasks take their metric from the hub as a Python file, as soon as they are loaded. Some (RULER, babilong) load
+    the model's tokenizer anew and allow it code of its own: that is taken back.
+    """
     evaluate: Any = importlib.import_module("evaluate")
 
     def refuse(path: str, *_: Any, **__: Any) -> Any:
         raise UserError(f"--tasks: a task's metric {path!r} is code from the hub; choose another task")
 
-    kept = evaluate.load
-    evaluate.load = refuse
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_replaced(evaluate, "load", refuse))
+        for kind in _auto_classes():
+            stack.enter_context(_replaced(kind, "from_pretrained", _without_code(kind)))
+        kept = sys.modules.get(EVALS)
+        sys.modules[EVALS] = _Refused(EVALS)
+        try:
+            yield
+        finally:
+            sys.modules.pop(EVALS)
+            if kept is not None:
+                sys.modules[EVALS] = kept
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    kept = vars(owner)[name]
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        evaluate.load = kept
+        setattr(owner, name, kept)
+
+
+def _auto_classes() -> list[Any]:
+    """transformers' classes that choose a class by a file's word, each with a `from_pretrained` of its own."""
+    import transformers
+    from transformers.models.auto import auto_factory
+
+    kinds = [getattr(transformers, name) for name in dir(transformers) if name.startswith("Auto")]
+    kinds.append(auto_factory._BaseAutoModelClass)
+    return [kind for kind in kinds if "from_pretrained" in vars(kind)]
+
+
+def _without_code(kind: Any) -> Any:
+    kept = vars(kind)["from_pretrained"].__func__
+
+    def from_pretrained(cls: Any, *arguments: Any, trust_remote_code: Any = None, **options: Any) -> Any:
+        return kept(cls, *arguments, trust_remote_code=False, **options)
+
+    return classmethod(from_pretrained)
 
 
 def _device(name: str | None) -> torch.device:

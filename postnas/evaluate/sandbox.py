@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from postnas.errors import UserError
+from postnas.sources.formats import short
 
 JAIL = Path(__file__).with_name("jail.py")
 GRACE = 60  # seconds beyond the limit before we end the launcher itself: it starts a Python on a busy machine
@@ -26,7 +27,7 @@ class Outcome:
     passed: bool
     """Whether its last line was reached and it ended well."""
     reason: str
-    """One line: passed, timed out, killed (SIGNAL), or failed: and what the program raised or its exit code."""
+    """One line: passed, timed out, killed (SIGNAL), not run: and why, failed: and what it raised or its exit code."""
 
 
 PROBE = """
@@ -95,12 +96,16 @@ def run(
 
     Passed means that the end of the source was reached: an exit before it is a failure, whatever its
     code. A program that sets out to forge this can, since it runs beside its own tests; it gains
-    nothing else. Hash seeds are fixed; the random module is not. Raises UserError where the sandbox
-    cannot be had (`available` says why): a program never runs with less.
+    nothing else. Hash seeds are fixed; the random module is not. A launcher that fails, as on a machine without
+    a process to spare, is a failure of the program, with its reason. Raises UserError where the sandbox cannot be had
+    (`available` says why): a program never runs with less.
     """
     if reason := available():
         raise UserError(f"--allow-code: {reason}; run code tasks elsewhere")
-    return _run(program, seconds=seconds, memory_bytes=memory_bytes, processes=processes, disk_bytes=disk_bytes)
+    try:
+        return _run(program, seconds=seconds, memory_bytes=memory_bytes, processes=processes, disk_bytes=disk_bytes)
+    except (UserError, OSError) as error:  # it held when it was tried: one program's loss, not that of all others
+        return Outcome(False, f"not run: {short(error)}")
 
 
 def _run(program: str, *, seconds: float, memory_bytes: int, processes: int, disk_bytes: int) -> Outcome:
@@ -135,7 +140,8 @@ def _run(program: str, *, seconds: float, memory_bytes: int, processes: int, dis
                 launcher.kill()  # nothing, where it has ended; else init dies with it
         report = json.loads(found.splitlines()[0]) if found else {}
         if errors and not report:
-            raise RuntimeError(f"the sandbox's launcher failed: {errors.decode(errors='replace')}")
+            last = errors.decode(errors="replace").strip().splitlines()[-1:]
+            return Outcome(False, f"not run: the sandbox's launcher failed ({short(' '.join(last))})")
         said = answer.read(4096).decode("utf-8", "replace")
     return _outcome(report, said, token)
 

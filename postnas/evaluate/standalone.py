@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,16 +12,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from postnas.data import load_tokenizer
 from postnas.errors import UserError
 from postnas.evaluate import suite
 from postnas.evaluate.verdict import check_text, evaluate
 from postnas.files import locked, read_json, write_json
+from postnas.models.checkpoint import base_folder
 from postnas.models.load import load_any
 from postnas.progress import Progress
-from postnas.sources import documents
+from postnas.sources import documents, file_sha256
 
 NAMES = 100
 """Documents that are tokenised at a time."""
+FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+)
+"""What of a model's folder its scores follow from."""
+MEASURED = ("model_files", "base_files", "text_tokens", "device")
+"""Kept settings that are found out, beside those that a command names."""
+PROBE = "The 3 cafés\n\n    return x+12345  # naïve 日本語 🌍\tI'LL don't"
+"""A text that tokenizers cut in different ways."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +65,23 @@ class Settings:
 def evaluate_alone(settings: Settings, out: Path, device: str) -> dict[str, Any]:
     """What `verdict.evaluate` gives for the model, beside its base where there is one; written to OUT/eval.json.
 
-    An interrupted evaluation goes on from OUT/eval.partial.json. Raises UserError where OUT holds an evaluation with
-    other settings, and for everything that `verdict.evaluate` refuses.
+    An interrupted evaluation goes on from OUT/eval.partial.json; a finished one is read and nothing runs, unless it
+    has skipped something. `settings` there are the command's and what its names stood for: digests of the models'
+    files and of the text's tokens, and the device. The base runs in the model's type where no type is asked for.
+    Raises UserError where OUT holds an evaluation with other settings, where the base has another tokenizer or
+    vocabulary, and for everything that `verdict.evaluate` refuses.
     """
-    suite.wanted(settings.tasks, settings.allow_code)  # a wrong name is told before a model is loaded
+    suite.check(settings.tasks, settings.allow_code)  # a wrong name is told before a model is loaded
     torch.set_num_threads(settings.threads)
-    asked = asdict(settings)
     # A mistake must leave nothing behind, so the folder is made when everything that is asked for is there.
-    done = _kept(out, asked)
-    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
-    model, tokenizer = load_any(settings.model, dtype, device)
-    models = {"model": model}
+    _kept(out, asdict(settings))
+    folder = base_folder(settings.model)
+    tokenizer = load_tokenizer(folder)
+    files = {"model": files_sha256(folder)}
     if settings.base is not None:
-        models = {"base": load_any(settings.base, dtype, device)[0], "hybrid": model}
+        base = base_folder(settings.base)
+        _same_tokens(settings.base, tokenizer, load_tokenizer(base))
+        files["base"] = files_sha256(base)
     tokens = _stream(settings, tokenizer)
     check_text(
         tokens,
@@ -68,6 +92,17 @@ def evaluate_alone(settings: Settings, out: Path, device: str) -> dict[str, Any]
         settings.copy_filler,
         settings.seed,
     )
+    asked = asdict(settings) | {
+        "model_files": files["model"],
+        "base_files": files.get("base"),
+        "text_tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "device": device,
+    }
+    done = _kept(out, asked)
+    if done is not None and (out / "eval.json").exists() and not done["skipped"]:
+        print(f"eval: {out / 'eval.json'} is done already")
+        return done
+    models = _models(settings, device)
     partial = out / "eval.partial.json"
     with locked(out):
         result = evaluate(
@@ -91,14 +126,58 @@ def evaluate_alone(settings: Settings, out: Path, device: str) -> dict[str, Any]
     return result
 
 
+def files_sha256(folder: Path) -> str:
+    """SHA-256 over the names, sizes and contents of a model's files (FILES), all bytes of them: 1 to 2 GB a second."""
+    digest = hashlib.sha256()
+    for path in sorted({path for pattern in FILES for path in folder.glob(pattern) if path.is_file()}):
+        digest.update(f"{path.name} {path.stat().st_size} {file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def _models(settings: Settings, device: str) -> dict[str, Any]:
+    """The models by the names that `verdict.evaluate` compares. Raises UserError where they have other vocabularies."""
+    dtype = None if settings.dtype is None else getattr(torch, settings.dtype)
+    model, _ = load_any(settings.model, dtype, device)
+    if settings.base is None:
+        return {"model": model}
+    base, _ = load_any(settings.base, dtype or model.dtype, device)  # a difference of types is none of the models'
+    sizes = base.config.vocab_size, model.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UserError(f"--base: {settings.base} has {sizes[0]} tokens, the model {sizes[1]}; give the model's base")
+    return {"base": base, "hybrid": model}
+
+
+def _same_tokens(name: str, one: Any, other: Any) -> None:
+    """Raises UserError where two tokenizers do not give the same ids. Files that differ in form only are alike."""
+
+    def kind(tokenizer: Any) -> tuple[Any, ...]:
+        return tokenizer.get_vocab(), tokenizer.eos_token_id, tokenizer(PROBE)["input_ids"], _merges(tokenizer)
+
+    if kind(one) != kind(other):
+        raise UserError(f"--base: {name} has another tokenizer than the model; give the base that it was made from")
+
+
+def _merges(tokenizer: Any) -> list[tuple[str, ...]]:
+    """The pairs that a BPE joins, in order; a pair may stand as one text or as two. Empty for other kinds."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    merges = json.loads(backend.to_str())["model"].get("merges", []) if backend is not None else []
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+
+
 def _kept(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What an earlier process left of this very evaluation. Raises UserError where it was another."""
+    """What an earlier process left of this very evaluation. Raises UserError where it was another.
+
+    asked: all settings, or first those of the command alone, which are there before anything is read.
+    """
     for path in (out / "eval.json", out / "eval.partial.json"):
         if path.exists():
             found = read_json(path)
             kept = found.get("settings") if isinstance(found, dict) else None
-            if kept != asked:
-                changed = [name for name, value in asked.items() if not kept or kept.get(name) != value]
+            if not isinstance(kept, dict):
+                raise UserError(f"{path}: does not tell its settings; choose another --out")
+            names = [*asked, *(name for name in kept if name not in asked and name not in MEASURED)]
+            changed = [name for name in names if name not in kept or name not in asked or kept[name] != asked[name]]
+            if changed:
                 raise UserError(f"{path}: holds an evaluation with another {changed[0]}; choose another --out")
             return found
     return None

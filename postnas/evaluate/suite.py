@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from postnas import sources
 from postnas.errors import UserError
-from postnas.evaluate import choice, code, groups, long, sandbox, written
+from postnas.evaluate import batches, choice, code, groups, long, sandbox, written
 from postnas.evaluate.answers import questions
 from postnas.evaluate.measure import Measure, Outputs
 from postnas.evaluate.task import LONG_ROWS, Task, drawn, load_task
@@ -18,7 +16,7 @@ from postnas.evaluate.task import LONG_ROWS, Task, drawn, load_task
 CPU_TOKENS = 4096, 16_384
 """Tokens of a batch on a CPU: of likelihoods, and of generation."""
 CUDA_TOKENS = 65_536, 1 << 20
-"""The same on a GPU of 80 GB; less where less memory is free."""
+"""The same on a GPU of 80 GB; less where less memory is free. What caches may hold, `batches.cache_room` says."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +56,16 @@ def wanted(names: Sequence[str], allow_code: bool) -> tuple[list[Wanted], list[d
     return list(found.values()), list(skipped.values())
 
 
+def check(names: Sequence[str], allow_code: bool) -> None:
+    """What `wanted` refuses, without a look at the hub or at what is installed: for commands that do not evaluate.
+
+    Raises UserError for an unknown name, and for a task that was named itself and may not run.
+    """
+    for name in names:
+        if name not in groups.group_names():
+            wanted([name], allow_code)
+
+
 def _no_code(allow_code: bool) -> str:
     """Why code may not run here; empty where it may."""
     if not allow_code:
@@ -66,9 +74,12 @@ def _no_code(allow_code: bool) -> str:
     return f"cannot be confined here: {reason}; run it elsewhere" if reason else ""
 
 
-def rows(task: Task, tokenizer: Any, limit: int | None, seed: int) -> list[Any]:
+def rows(
+    task: Task, tokenizer: Any, limit: int | None, seed: int, excluded: Collection[str] = frozenset()
+) -> list[Any]:
     """The task's rows in the file's order; with a limit, that many of them, drawn by `seed`.
 
+    excluded: ids of rows that are left out before any is drawn.
     Raises UserError where the file cannot be had or has no row.
     """
     if task.kind == "long":
@@ -82,7 +93,7 @@ def rows(task: Task, tokenizer: Any, limit: int | None, seed: int) -> list[Any]:
         found = list(code.problems(asdict(task), records))
     else:
         found = list(questions(asdict(task), records))
-    return drawn(found, limit, seed)
+    return drawn([row for row in found if row.id not in excluded], limit, seed)
 
 
 def outputs(task: Task, model: Any, tokenizer: Any, rows: Sequence[Any], label: str) -> Outputs:
@@ -102,14 +113,8 @@ def measures(task: Task) -> tuple[Measure, ...]:
 
 
 def batch_tokens(model: Any) -> tuple[int, int]:
-    """Tokens of a batch for this model on its device: of likelihoods, and of generation.
-
-    On a GPU a third of the free memory may hold caches.
-    """
+    """Tokens of a batch for this model on its device: of likelihoods, and of generation."""
     if model.device.type != "cuda":
         return CPU_TOKENS
-    free, _ = torch.cuda.mem_get_info(model.device)
-    context = 4096
-    cache = sum(layer.self_attn.state_bytes(context, model.dtype) for layer in model.model.layers)
-    scored, made = CUDA_TOKENS
-    return max(4096, int(scored * min(1.0, free / 80e9))), min(made, max(4096, int(free / 3 / (cache / context))))
+    part = min(1.0, 3 * batches.cache_room(model.device) / 80e9)
+    return max(4096, int(CUDA_TOKENS[0] * part)), max(4096, int(CUDA_TOKENS[1] * part))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +33,7 @@ def evaluate(
     copy_filler: int,
     seed: int,
     allow_code: bool = False,
+    excluded: Callable[[str], Collection[str]] = lambda task: frozenset(),
     done: dict[str, Any] | None = None,
     save: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
@@ -42,6 +43,7 @@ def evaluate(
     tasks with their length (`needle@4096`), or of groups. limit: rows a task, all where None. perplexity_tokens: the
     first of `heldout`, in sequences of `length`, a rest left out; 0 leaves perplexity out. copy_*: as in
     `recall.copy`; 0 passages leave the copy test out. allow_code: run programs that a model wrote, confined.
+    excluded: ids of a task's rows that are left out, since a search has seen them.
 
     Returns rows: {model, task, metric, value, stderr, n, seed}; paired (hybrid - base): {task, metric, difference,
     stderr, n, kept}; kept: the mean share above chance that the hybrid kept, over the tasks that the base can do,
@@ -57,7 +59,7 @@ def evaluate(
     kept = done["outputs"] if done else {}
     outputs: dict[str, dict[str, Outputs]] = {model: dict(kept.get(model, {})) for model in models}
     needed = [one for one in known if any(one.task.name not in found for found in outputs.values())]
-    rows, without = _rows(needed, tokenizer, limit, seed)
+    rows, without = _rows(needed, tokenizer, limit, seed, excluded)
     skipped += without
     own = {one.task.name: one.task for one in known if one not in needed or one.task.name in rows}
     measures: dict[str, tuple[Measure, ...]] = {"perplexity": PERPLEXITY} if perplexity_tokens else {}
@@ -80,7 +82,11 @@ def evaluate(
 
 
 def _rows(
-    needed: Sequence[Wanted], tokenizer: Any, limit: int | None, seed: int
+    needed: Sequence[Wanted],
+    tokenizer: Any,
+    limit: int | None,
+    seed: int,
+    excluded: Callable[[str], Collection[str]],
 ) -> tuple[dict[str, list[Any]], list[dict[str, str]]]:
     """Each task's rows by its name, and what of a group has none: {task, reason}. Raises UserError for a named task.
 
@@ -90,7 +96,7 @@ def _rows(
     without = []
     for one in needed:
         try:
-            rows[one.task.name] = suite.rows(one.task, tokenizer, limit, seed)
+            rows[one.task.name] = suite.rows(one.task, tokenizer, limit, seed, excluded(one.task.name))
         except UserError as error:
             if one.group is None:
                 raise

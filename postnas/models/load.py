@@ -86,12 +86,15 @@ def load_model(folder: Path, dtype: torch.dtype | None = None) -> Any:
             f"{folder}: holds a model of type {kind!r}, not one of {', '.join(MODEL_TYPES)}; "
             "give the `model` folder of a finished run, or a Jet-Nemotron checkpoint"
         )
-    config = checked_config(path, values, lambda: AutoConfig.from_pretrained(folder), classes[kind])
+    config = checked_config(
+        path, values, lambda: AutoConfig.from_pretrained(folder, trust_remote_code=False), classes[kind]
+    )
     weight_files(folder)  # what is wrong with the index is told there
     try:
         with _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
+                trust_remote_code=False,
                 config=config,
                 dtype=dtype or "auto",
                 use_safetensors=True,
