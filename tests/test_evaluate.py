@@ -272,14 +272,6 @@ def test_limit_draws_the_same_rows_each_time_and_not_the_first(tmp_path: Path) -
     assert [row.id for row in task_rows(task, 1000, seed=0)] == [str(i) for i in range(30)]
 
 
-def test_rows_that_a_search_has_seen_are_left_out_before_any_is_drawn(plain: Task) -> None:
-    gone = {"3", "4", "29"}
-    left = suite.rows(plain, None, None, 0, gone)
-    assert [row.id for row in left] == [str(i) for i in range(30) if str(i) not in gone]
-    got = run(excluded=lambda task: gone if task == "plain" else set(), limit=None)
-    assert [row["id"] for row in got["outputs"]["base"]["plain"]] == [row.id for row in left]
-
-
 def test_unknown_task_is_one_line_before_any_model_runs() -> None:
     with pytest.raises(UserError, match=r"'arc-easy'.*arc_easy, .*boolq.*winogrande.*needle@4096") as caught:
         run(NOBODY, tasks=["arc_easy", "arc-easy"])

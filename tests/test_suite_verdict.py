@@ -190,3 +190,11 @@ def test_a_task_that_was_named_must_have_its_data_before_any_model_runs(no_data:
 def test_a_length_that_no_prompt_has_is_told_before_any_model_runs(kinds: dict[str, Task]) -> None:
     with pytest.raises(UserError, match=r"^length: 8 tokens are too few for needle .* give \d+ or more$"):
         run(NOBODY, tasks=["choice", "needle@8"])
+
+
+def test_rows_that_a_search_has_seen_are_left_out_before_any_is_drawn(kinds: dict[str, Task]) -> None:
+    whole = [row.id for row in suite.rows(kinds["choice"], None, None, 0)]
+    gone = set(whole[:2])
+    assert [row.id for row in suite.rows(kinds["choice"], None, None, 0, gone)] == whole[2:]
+    got = run(tasks=["choice"], limit=None, excluded=lambda name: gone if name == "choice" else set())
+    assert [row["id"] for row in got["outputs"]["base"]["choice"]] == whole[2:]
