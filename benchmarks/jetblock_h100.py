@@ -312,7 +312,7 @@ def jet_layer(model: Any, batch: int, fused: bool) -> None:
 
     def work() -> None:
         for mixer, product, state in jets:
-            decoder._jet(mixer, product, x, state)
+            mixer.finish_decode(**product(x[:, 0]), state=state, fused=fused)
 
     def plain() -> None:
         for mixer, _, state in jets:

@@ -92,11 +92,14 @@ class Run:
     @cached_property
     def supernet(self) -> Supernet:
         """The base with its candidates: the aligned ones, or where there are such, those that learnt inside paths."""
-        aligned = Supernet(self.base, load_candidates(self.base, self.recipe.align, self.folder, self.keys))
-        net = load_paths(aligned, self.folder, self.made) if self.recipe.paths.tokens else aligned
+        net = load_paths(self.aligned(), self.folder, self.made) if self.recipe.paths.tokens else self.aligned()
         if self.recipe.place.windows:
             net.candidates["swa"] = window_candidates(self.base, self.recipe.place.window)
         return net
+
+    def aligned(self) -> Supernet:
+        """The base with its aligned candidates."""
+        return Supernet(self.base, load_candidates(self.base, self.recipe.align, self.folder, self.keys))
 
     @cached_property
     def made(self) -> Keys:
@@ -285,9 +288,8 @@ def _align(state: Run) -> None:
         state.base, recipe.align, state.tokens[0], state.folder, state.keys, recipe.seed, state.compute, borders
     )
     if recipe.paths.tokens:
-        aligned = Supernet(state.base, load_candidates(state.base, recipe.align, state.folder, state.keys))
         args = (recipe.paths, state.tokens[0], state.folder, recipe.seed, state.compute, state.keys, borders)
-        train_paths(aligned, *args)
+        train_paths(state.aligned(), *args)
 
 
 def _place(state: Run) -> None:

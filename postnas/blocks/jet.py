@@ -14,7 +14,7 @@ from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
 from postnas.errors import UserError
 from postnas.ops.dynamic_conv import dynamic_conv
-from postnas.ops.jet_decode import jet_decode
+from postnas.ops.jet_decode import conv_step, jet_decode
 
 
 @dataclass(frozen=True)
@@ -103,23 +103,56 @@ class Jet(DeltaMixer):
         return x.shape[1] == 1 and step.valid is None and step.segments is None
 
     def _decode(self, x: Tensor, state: LinearState) -> Tensor:
-        assert state.conv is not None and state.recurrent is not None
-        row, generator = x[:, 0], self.dynamic_conv1d.kernel_generator
-        kernels = generator.w2(F.silu(generator.w1(row))).unflatten(-1, (self.conv_channels, -1))
-        o = jet_decode(
+        row = x[:, 0]
+        return self.finish_decode(
             q=self.q_proj(row),
             k=self.k_proj(row),
             v=self.v_proj(row),
             gate=self.g_proj(row),
             a=self.a_proj(row),
             b=self.b_proj(row),
+            inner=self.dynamic_conv1d.kernel_generator.w1(row),
+            state=state,
+        )
+
+    def finish_decode(
+        self,
+        *,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        a: Tensor,
+        b: Tensor,
+        inner: Tensor,
+        state: LinearState,
+        fused: bool = False,
+    ) -> Tensor:
+        """A token a row, [B, 1, hidden], from its projections as in `ops.jet_decode`; `state` is changed in place.
+
+        inner: [B, R], w1's product before its SiLU. fused: the convolution as an epilogue of w2's product.
+        """
+        assert state.conv is not None and state.recurrent is not None
+        w2 = self.dynamic_conv1d.kernel_generator.w2
+        kernels = conv = None
+        if fused:
+            v = conv_step(x=v, inner=inner, weight=w2.weight, bias=w2.bias, conv=state.conv)
+        else:
+            kernels, conv = w2(F.silu(inner)).unflatten(-1, (self.conv_channels, -1)), state.conv
+        o = jet_decode(
+            q=q,
+            k=k,
+            v=v,
+            gate=gate,
+            a=a,
+            b=b,
             kernels=kernels,
-            conv=state.conv,
+            conv=conv,
             state=state.recurrent,
             A_log=self.A_log,
             dt_bias=self.dt_bias,
             norm_weight=self.o_norm.weight,
-            eps=self.options.norm_eps,
+            eps=self.o_norm.eps,
         )
         return self.o_proj(o)[:, None]
 

@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from postnas.blocks.attention import Attention
 from postnas.blocks.jet import Jet
 from postnas.blocks.norm import RMSNorm
-from postnas.blocks.state import KVState, LinearState
+from postnas.blocks.state import KVState
 from postnas.blocks.step import Keys, Ledger, Step
 from postnas.errors import UserError
 from postnas.models.cache import HybridCache
 from postnas.models.model import DecoderLayer, HybridForCausalLM
 from postnas.ops.chunked_loss import capped
-from postnas.ops.jet_decode import conv_step, jet_decode
 
 WARM_UP = 3
 """Steps before a graph is captured: kernels are compiled and libraries set up in them."""
@@ -81,9 +80,11 @@ class JetProduct:
         for part, view in zip(parts, self.weight.split(self.sizes), strict=False):
             part.weight = nn.Parameter(view, requires_grad=part.weight.requires_grad)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """x [B, hidden] -> v, gate [B, H * V], q, k [B, H * K], inner [B, R], a, b [B, H]; w1's before its SiLU."""
-        return F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)[:-1]
+    def __call__(self, x: Tensor) -> dict[str, Tensor]:
+        """x [B, hidden] -> what `Jet.finish_decode` takes, by its names: v, gate [B, H * V], q, k [B, H * K],
+        inner [B, R], a, b [B, H]."""
+        names = ("v", "gate", "q", "k", "inner", "a", "b")  # the rest is padding
+        return dict(zip(names, F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)))
 
 
 def _joined(weights: list[Tensor], rows: int) -> Tensor:
@@ -302,7 +303,7 @@ class Decoder:
         for index, (layer, state) in enumerate(zip(self.layers, self.states, strict=True)):
             x = _normalise(layer.input_layernorm, h)
             if index in self.products:
-                y = self._jet(layer.self_attn, self.products[index], x, state)
+                y = layer.self_attn.finish_decode(**self.products[index](x[:, 0]), state=state, fused=self.fused)
             else:
                 y = layer.self_attn(x, step, state)[0]
             h = _finish(layer, h, y)
@@ -311,33 +312,6 @@ class Decoder:
         if not self.fixed:
             self.length += 1
             self.position += 1
-
-    def _jet(self, mixer: Jet, product: JetProduct, x: Tensor, state: LinearState) -> Tensor:
-        """A JetBlock's token, x [B, 1, hidden] to the same shape."""
-        assert state.conv is not None and state.recurrent is not None
-        v, gate, q, k, inner, a, b = product(x[:, 0])
-        w2 = mixer.dynamic_conv1d.kernel_generator.w2
-        kernels = conv = None
-        if self.fused:
-            v = conv_step(x=v, inner=inner, weight=w2.weight, bias=w2.bias, conv=state.conv)
-        else:
-            kernels, conv = w2(F.silu(inner)).unflatten(-1, (v.shape[1], -1)), state.conv
-        o = jet_decode(
-            q=q,
-            k=k,
-            v=v,
-            gate=gate,
-            a=a,
-            b=b,
-            kernels=kernels,
-            conv=conv,
-            state=state.recurrent,
-            A_log=mixer.A_log,
-            dt_bias=mixer.dt_bias,
-            norm_weight=mixer.o_norm.weight,
-            eps=mixer.o_norm.eps,
-        )
-        return mixer.o_proj(o)[:, None]
 
 
 def _ranks(ledger: Ledger, seen: Tensor) -> Tensor:
