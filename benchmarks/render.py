@@ -182,6 +182,170 @@ def jet_cpu(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", f"{_about(result)}."])
 
 
+def _nats(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}" + ("" if stderr is None else f" ± {stderr:.2g}")
+
+
+PLACED_BUDGET = 4
+PLACED = {
+    ("retrieval", "nll"): ("retrieval, nats", _nats),
+    ("kl", "kl"): ("KL, nats", _nats),
+    ("perplexity", "perplexity"): ("perplexity", _plain),
+    ("copy", "copy_accuracy"): ("copy accuracy", _share),
+    ("needle@1024", "recall"): ("needle", _share),
+    ("arc_easy", "accuracy"): ("ARC-Easy", _share),
+    ("lambada", "accuracy"): ("LAMBADA", _share),
+}
+"""{(task, metric): its column and how it is written}."""
+PLACED_LIKE = (("retrieval", "kl"), ("retrieval", "knowledge"), ("knowledge", "kl"), ("retrieval", "gsm8k"))
+"""Objectives whose rankings of the layers are shown beside each other."""
+
+
+def placed(result: dict[str, Any]) -> str:
+    """Distilled hybrids of the main budget: their scores, then their differences from uniform and from random ones."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for row in result["rows"]:  # means over the seeds stand last, and in the place of a single seed's
+        if row["kind"] == "base" or (row["kind"] in ("hybrid", "mean") and row["budget"] == PLACED_BUDGET):
+            for name in row["strategy"].split(", "):
+                if row["kind"] == "mean" or (name, row["task"], row["metric"]) not in found:
+                    found[name, row["task"], row["metric"]] = row
+    names = dict.fromkeys(name for name, _, _ in found if name != "filler" and not name.startswith("random-"))
+    names = dict.fromkeys(sorted(names, key=_placed_order))
+    parts = []
+    for title, field in (("", ""), ("Against uniform", "minus_uniform"), ("Against random", "minus_random")):
+        lines = [_line(["strategy", *(words for words, _ in PLACED.values()), "seeds"]), _line(["---"] + ["---:"] * 8)]
+        for name in names:
+            rows = [found.get((name, *key)) for key in PLACED]
+            shown = [row for row in rows if row is not None and (field or "score") in row]
+            cells = [_placed(row, text, field) for row, (_, text) in zip(rows, PLACED.values())]
+            count = max((row["n"] if row["kind"] == "mean" else 1 for row in shown), default=0)
+            lines += [_line([name, *cells, str(count)])] if shown else []
+        parts.append((f"{title}:\n\n" if title else "") + "\n".join(lines))
+    if any(row["kind"] == "search" for row in result["rows"]):
+        parts.append("![Loss by budget, a line a strategy](placement-budgets.svg)")
+        parts.append("![Layers that each strategy keeps on attention](placement-layers.svg)")
+    errors = "± is one standard error: over seeds from three on, over rows of a single one"
+    return "\n\n".join(
+        [*parts, f"{_about(result)}. {errors}; differences are paired row by row, those of shares in points."]
+    )
+
+
+def _placed_order(name: str) -> tuple[int, str, str]:
+    """The base, the baselines, then the searches by their candidates."""
+    strategy, _, candidates = name.partition("/")
+    return {"base": 0, "uniform": 1, "random": 2}.get(name, 3), candidates, strategy
+
+
+def _placed(row: dict[str, Any] | None, text: Format, field: str) -> str:
+    if row is None or (field or "score") not in row:
+        return ABSENT
+    if not field:
+        return text(row["score"], row["stderr"])
+    value, stderr = row[field], row[f"{field}_stderr"]
+    return _points(value, stderr) if text is _share else ("+" if value >= 0 else "") + text(value, stderr)
+
+
+def placed_ranks(result: dict[str, Any]) -> str:
+    """Each score against the distilled result on the same objective, of the seed with the most placements."""
+    rows = [row for row in result["rows"] if row["kind"] == "rank"]
+    most = max((row["n"] for row in rows), default=0)
+    seed = next((row["seed"] for row in rows if row["n"] == most), None)
+    found = {
+        (row["candidates"], row["objective"], row["among"]): row
+        for row in rows
+        if row["seed"] == seed and row["objective"] == row["task"]
+    }
+    head = [
+        "candidates",
+        "score",
+        "all placements",
+        "n",
+        "not chosen by a score",
+        "n",
+        "tokens a score",
+        "of the paths",
+    ]
+    lines = [_line(head), _line(["---"] * 2 + ["---:"] * 6)]
+    for kind, objective in dict.fromkeys((kind, objective) for kind, objective, _ in found):
+        both = [found.get((kind, objective, among)) for among in ("all", "not chosen")]
+        cells = [cell for row in both for cell in (_interval(row), ABSENT if row is None else str(row["n"]))]
+        some = next(row for row in both if row is not None)
+        costs = [ABSENT if some[name] is None else f"{some[name]:,}" for name in ("score_tokens", "trained_tokens")]
+        lines.append(_line([kind, objective, *cells, *costs]))
+    about = f"{_about(result)}; seed {seed}. In brackets the 95% interval over resampled placements."
+    return "\n".join([*lines, "", about]) if found else "No figures yet: no placement was scored and distilled."
+
+
+def _interval(row: dict[str, Any] | None) -> str:
+    return ABSENT if row is None else f"{row['score']:+.2f} ({row['low']:+.2f} to {row['high']:+.2f})"
+
+
+def placed_cost(result: dict[str, Any]) -> str:
+    """A mean over the seeds a line: the making of candidates, and each strategy at all its budgets together."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in result["rows"]:
+        if row["kind"] in ("cost", "search"):
+            key = row["step"] if row["kind"] == "cost" else row["strategy"], row.get("candidates", "")
+            one = found.setdefault(key, {"seeds": set(), "budgets": set(), "scored": 0, "seconds": 0.0, "tokens": 0})
+            one["seeds"].add(row["seed"])
+            one["budgets"] |= {row["budget"]} if row["kind"] == "search" else set()
+            for name in ("scored", "seconds", "tokens"):
+                one[name] += row.get(name) or 0
+    lines = [_line(["step", "candidates", "budgets", "placements scored", "tokens", "seconds"])]
+    lines.append(_line(["---"] * 3 + ["---:"] * 3))
+    for (step, kind), one in found.items():
+        seeds, budgets = len(one["seeds"]), ", ".join(map(str, sorted(one["budgets"])))
+        counts = [f"{one[name] / seeds:,.0f}" if one[name] else ABSENT for name in ("scored", "tokens")]
+        lines.append(_line([step, kind or ABSENT, budgets or ABSENT, *counts, f"{one['seconds'] / seeds:,.1f}"]))
+    return "\n".join([*lines, "", f"{_about(result)}; means over the seeds."])
+
+
+def placed_layers(result: dict[str, Any]) -> str:
+    """What the heat maps of the aligned candidates say, a line an objective; of the first seed that has them."""
+    rows = [row for row in result["rows"] if row.get("candidates") == "aligned" and row["kind"] in ("half", "likeness")]
+    rows = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    half = {(row["objective"], row["effect"]): row for row in rows if row["kind"] == "half"}
+    like = {(row["objective"], row["other"], row["effect"]): row for row in rows if row["kind"] == "likeness"}
+    effects = {"one_linear": "one layer linear", "one_full": "one layer on attention"}
+    lines = [_line(["layers that carry half of the effect", *effects.values()]), _line(["---"] * 3)]
+    for name in dict.fromkeys(name for name, _ in half):
+        cells = [half.get((name, effect)) for effect in effects]
+        lines.append(_line([name, *(ABSENT if row is None else _layers(row["layers"]) for row in cells)]))
+    lines += ["", _line(["rankings of the layers alike, common layers of the top four", *effects.values()])]
+    lines.append(_line(["---"] * 3))
+    for pair in PLACED_LIKE:
+        found = [like.get((*pair, effect)) or like.get((*pair[::-1], effect)) for effect in effects]
+        lines.append(_line([" and ".join(pair), *map(_likeness, found)]))
+    if not rows:
+        return "No figures yet: no layer was scored alone."
+    return "\n".join([*lines, "", "![What each layer does alone](placement-heat.svg)", "", f"{_about(result)}."])
+
+
+def _layers(layers: list[int]) -> str:
+    return f"{len(layers)}: {', '.join(map(str, layers))}"
+
+
+def _likeness(row: dict[str, Any] | None) -> str:
+    if row is None or row["score"] is None:
+        return ABSENT
+    return f"{row['score']:+.2f}; {', '.join(map(str, row['common'])) or 'none'}"
+
+
+def placed_windows(result: dict[str, Any]) -> str:
+    """What two windows took off each loss, a line a set of candidates, a seed and a task."""
+    lines = [_line(["candidates", "seed", "windows", "task", "distilled", "loss taken off, nats", "n"])]
+    lines.append(_line(["---"] * 5 + ["---:"] * 2))
+    for row in result["rows"]:
+        if row["kind"] == "window":
+            cells = [row["candidates"], str(row["seed"]), ", ".join(map(str, row["swa"])), row["task"]]
+            cells += [
+                "yes" if row["distilled"] else "no",
+                ("+" if row["score"] >= 0 else "") + _nats(row["score"], row["stderr"]),
+            ]
+            lines.append(_line([*cells, f"{row['n']:,}"]))
+    return "\n".join([*lines, "", f"{_about(result)}."]) if len(lines) > 2 else "No figures yet: no window was placed."
+
+
 @dataclass(frozen=True)
 class Table:
     """What stands between a table's markers."""
@@ -198,6 +362,11 @@ TABLES = {
     "jet-nemotron-2b": Table(
         "docs/jet_nemotron.md", {"jet-nemotron-2b-cuda": jet_cuda, "jet-nemotron-2b-cpu": jet_cpu}
     ),
+    "placement-strategies": Table("docs/placement.md", {"placement-h100": placed}),
+    "placement-ranks": Table("docs/placement.md", {"placement-h100": placed_ranks}),
+    "placement-layers": Table("docs/placement.md", {"placement-h100": placed_layers}),
+    "placement-windows": Table("docs/placement.md", {"placement-h100": placed_windows}),
+    "placement-cost": Table("docs/placement.md", {"placement-h100": placed_cost}),
 }
 """By the name of the markers."""
 

@@ -25,6 +25,7 @@ from postnas.recipe import Recipe
 EXAMPLE = "recipes/smollm2-cpu.yaml"
 EXPONENT = re.compile(r"(?<![\w.+-])[0-9]+(\.[0-9]+)?[eE]\+?[0-9]+(?![\w.])")
 """A number such as 1e9 or 1.5e6."""
+NO_FLAGS = ("recipe", "return")
 WANTED = {
     "int": "a whole number, such as 1000 or 1e6",
     "float": "a number",
@@ -74,7 +75,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
     if command is None:
         raise UserError(f"command: {name!r} is unknown; {_near(name, COMMANDS, 'see postnas --help')}")
     if takes_recipe(command):
-        return command, {"recipe": read_recipe(name, arguments)}
+        return command, _recipe_and_flags(name, arguments)
     if command is compare:
         arguments = _listed(arguments)
     parser = _parser(name, command)
@@ -94,17 +95,25 @@ def _listed(arguments: list[str]) -> list[str]:
 
 def read_recipe(name: str, arguments: list[str]) -> Recipe:
     """The recipe of `postnas NAME FILE --section.field VALUE ...`. Raises UserError for what does not fit."""
+    return _recipe_and_flags(name, arguments)["recipe"]
+
+
+def _recipe_and_flags(name: str, arguments: list[str]) -> dict[str, Any]:
+    """The arguments of a command that takes a recipe: that, and the command's own flags."""
     if not arguments:
         raise UserError(f"recipe: none is given; name a YAML file, as in postnas {name} {EXAMPLE}")
     parser = _parser(name, COMMANDS[name], usage=f"postnas {name} RECIPE.yaml [--SECTION.FIELD VALUE ...]")
     parser.add_argument("recipe", nargs="?", type=str, help=f"The recipe, a YAML file such as {EXAMPLE}.")
+    parser.add_function_arguments(COMMANDS[name], as_group=False, skip={"recipe"})
     parser.add_class_arguments(Recipe, None)
-    known = _fields(Recipe)
+    flags = {flag: hint for flag, hint in typing.get_type_hints(COMMANDS[name]).items() if flag not in NO_FLAGS}
+    known = _fields(Recipe) | flags
     values = _parsed(parser, arguments, known)
     if values.recipe is not None:
         values = _parsed(parser, arguments, known, _document(Path(values.recipe)))
     sections = parser.instantiate(values)
-    return Recipe(**{field.name: sections[field.name] for field in dataclasses.fields(Recipe)})
+    recipe = Recipe(**{field.name: sections[field.name] for field in dataclasses.fields(Recipe)})
+    return {"recipe": recipe} | {flag: sections[flag] for flag in flags}
 
 
 def _parser(name: str, command: Any, **settings: Any) -> Any:

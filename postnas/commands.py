@@ -21,10 +21,10 @@ def run(recipe: Recipe) -> None:
     print(demo_table(run_pipeline(recipe)))
 
 
-def _stage(recipe: Recipe, stage: str) -> None:
+def _stage(recipe: Recipe, stage: str, solve: bool = False) -> None:
     from postnas.pipeline import run as run_pipeline
 
-    folder = run_pipeline(recipe, only=stage)
+    folder = run_pipeline(recipe, only=stage, solve=solve)
     print(f"{stage}: done, see {folder}")
 
 
@@ -33,9 +33,14 @@ def align(recipe: Recipe) -> None:
     _stage(recipe, "align")
 
 
-def place(recipe: Recipe) -> None:
-    """Find which layers keep full attention."""
-    _stage(recipe, "place")
+def place(recipe: Recipe, solve: bool = False) -> None:
+    """Find which layers keep full attention.
+
+    Args:
+        recipe: What the run does.
+        solve: Take the scores that are there, without a model; refuse where one is missing.
+    """
+    _stage(recipe, "place", solve)
 
 
 def train(recipe: Recipe) -> None:
@@ -138,56 +143,72 @@ def _warm(recipe: Recipe, device: str) -> None:
     import torch
 
     from postnas.blocks import make_block
-    from postnas.blocks.delta import DeltaMixer
     from postnas.models.checkpoint import base_config
-    from postnas.ops.fla import works
+    from postnas.ops import fla
 
     config = base_config(recipe.base.model)
     for name in recipe.align.blocks:
         with torch.device(device):
             block = make_block(name, config.dims(), recipe.align.options.get(name))
-        if not isinstance(block, DeltaMixer):
-            print(f"warm: {name}: has no kernel to try; nothing was done")
-            continue
-        for shape in _warm_shapes(recipe, block):
-            use = f"{'training' if shape.gradients else 'prefill'}{' with borders' if shape.packed else ''}"
-            print(f"warm: {name}: {use} in {shape.dtype}: {'fla is right' if works(shape) else 'the plain form'}")
+        seconds = _warm_training(block, getattr(torch, recipe.compute), recipe.data.borders)
+        borders = " with a border" if recipe.data.borders else ""
+        print(f"warm: {name}: one layer learnt from 128 tokens{borders} in {recipe.compute}: {seconds:.1f} s")
         for dtype in sorted({recipe.compute, recipe.base.dtype}):
-            seconds = _warm_layer(block.to(getattr(torch, dtype)))
-            print(f"warm: {name}: one layer in {dtype} read 128 tokens and made one, at batch 1: {seconds:.1f} s")
-    print("warm: kernels of a backward, and of other batch sizes where they differ, are compiled at their first use")
+            seconds = _warm_reading(block.to(getattr(torch, dtype)))
+            print(f"warm: {name}: one layer in {dtype} read 128 tokens and made one: {seconds:.1f} s")
+    # The layers themselves asked for the rules they need, at the shapes that the run will ask for.
+    for shape, kernel in fla.asked.items():
+        use = f"{'training' if shape.gradients else 'prefill'}{' with borders' if shape.packed else ''}"
+        sizes = f"{shape.heads} heads of {shape.key_dim} x {shape.value_dim}"
+        found = "the plain form" if kernel is None else "fla is right" if kernel == shape.rule else f"fla as {kernel}"
+        print(f"warm: {shape.rule}: {use} in {shape.dtype}, {sizes}: {found}")
+    if not fla.asked:
+        print("warm: no layer asked for fla's kernels, which take 16-bit types only")
+    print("warm: all at batch 1; kernels that other batch sizes need differently are compiled at their first use")
 
 
-def _warm_shapes(recipe: Recipe, block: Any) -> list[Any]:
-    """Where fla may take the block: training as the recipe does it, and prefill of base's and training's type."""
-    from postnas.ops.fla import LOW, Shape
+def _warm_training(block: Any, compute: Any, borders: bool) -> float:
+    """Seconds of a pass and its backward over 128 tokens, in two sequences or one, as training does them."""
+    import time
 
-    low = set(LOW.values())
-    sizes = (block.heads, block.key_dim, block.value_dim)
-    training = [Shape(*sizes, name, recipe.data.borders, True) for name in {recipe.compute} & low]
-    return training + [Shape(*sizes, name, False, False) for name in sorted({recipe.compute, recipe.base.dtype} & low)]
+    import torch
+
+    from postnas.train.loop import autocast
+
+    weight, begin = block.o_proj.weight, time.monotonic()
+    segments = (torch.arange(128, device=weight.device) >= 70).int()[None] if borders else None
+    with autocast(weight.device, compute):
+        y, _ = block(torch.randn(1, 128, block.dims.hidden).to(weight), _warm_step(128, weight.device, segments))
+    y.float().square().mean().backward()
+    block.zero_grad()
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
+    return time.monotonic() - begin
 
 
-def _warm_layer(block: Any) -> float:
+def _warm_reading(block: Any) -> float:
     """Seconds of a prefill of 128 tokens and a decode step by the block, in its own type on its own device."""
     import time
 
     import torch
 
-    from postnas.blocks.step import Step
-
     weight = block.o_proj.weight
-    x, state, begin = torch.zeros(1, 128, block.dims.hidden).to(weight), block.State(), time.monotonic()
+    x, state, begin = torch.randn(1, 128, block.dims.hidden).to(weight), block.State(), time.monotonic()
+    with torch.no_grad():
+        for part in (x, x[:, :1]):
+            block(part, _warm_step(part.shape[1], weight.device), state)
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
+    return time.monotonic() - begin
+
+
+def _warm_step(tokens: int, device: Any, segments: Any = None) -> Any:
+    from postnas.blocks.step import Step
 
     def no_rope(kind: str) -> Any:
         raise AssertionError(f"a linear block asked for the RoPE of {kind}")
 
-    with torch.no_grad():
-        for part in (x, x[:, :1]):
-            block(part, Step(1, part.shape[1], weight.device, no_rope), state)
-    if weight.is_cuda:
-        torch.cuda.synchronize(weight.device)
-    return time.monotonic() - begin
+    return Step(1, tokens, device, no_rope, segments=segments)
 
 
 def compare(folders: list[Path], out: Path | None = None) -> None:

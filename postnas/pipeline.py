@@ -10,15 +10,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import torch
-import yaml
 
 from postnas.blocks import linear_blocks, make_block
+from postnas.claim import AGAIN, claim, differing
 from postnas.data import Tokens, load_tokenizer, prepare
 from postnas.errors import UserError
 from postnas.evaluate import suite
@@ -29,18 +29,22 @@ from postnas.models.checkpoint import base_folder, load_base
 from postnas.models.load import load
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Supernet
-from postnas.recipe import STAGES, Recipe, Text, differences
+from postnas.recipe import STAGES, Recipe
 from postnas.report.card import model_card
 from postnas.report.html import write_report
 from postnas.search import objectives
 from postnas.search.placement import place
-from postnas.search.scores import Scorer
+from postnas.search.scores import Scored, Scorer
 from postnas.search.strategies import STRATEGIES
 from postnas.search.windows import window_candidates
 from postnas.train import parallel
-from postnas.train.align import Keys, align_candidates, candidate_keys, digest, load_candidates
+from postnas.train.align import Keys, align_candidates, candidate_keys, digest, load_candidates, stored_key_fits
 from postnas.train.distill import train_all, train_mixers
 from postnas.train.paths import load_paths, path_keys, train_paths
+
+MADE = "made.json"
+GATES = "checkpoints/gates"
+"""Files and folders of a run directory that more than one function names."""
 
 
 @dataclass
@@ -48,6 +52,8 @@ class Run:
     """One run directory and what its stages share, loaded when first asked for."""
 
     recipe: Recipe
+    solve: bool = False
+    """Placements are found from the scores that are there, without a model."""
 
     @property
     def folder(self) -> Path:
@@ -109,12 +115,33 @@ class Run:
             return self.keys
         return path_keys(self.keys, recipe.paths, recipe.seed, self.compute, recipe.data.borders)
 
-    def scorer(self) -> Scorer:
-        """Scores placements on the held-out half that nothing else is measured on."""
-        place = self.recipe.place
-        key = digest(self.made, place.tokens, self.recipe.seed, *([place.window] if place.windows else []))
-        return Scorer(self.supernet, self.scored_on(), self.folder / "scored.jsonl", self.compute, key)
+    @cached_property
+    def described(self) -> dict[str, Any]:
+        """What made.json holds: by this scores are told apart, also where no model is loaded."""
+        return {"attention": self.base.config.placement, "candidates": self.made}
 
+    def describe(self) -> None:
+        """Keep what the candidates are made from."""
+        path = self.folder / MADE
+        if parallel.rank() == 0 and not (path.exists() and read_json(path) == self.described):
+            write_json(path, self.described)
+
+    @cached_property
+    def placed(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `place` finds: the contents of scores.json and placement.json."""
+        recipe, settings, path = self.recipe, self.recipe.place, self.folder / MADE
+        if self.solve and not path.exists():
+            raise UserError(f"{path}: is not there; leave --solve out once")
+        made = read_json(path) if self.solve else self.described
+        key = digest(made["candidates"], settings.tokens, recipe.seed, *([settings.window] if settings.windows else []))
+        scores = self.folder / "scored.jsonl"
+        if self.solve:
+            scorer = Scored(objectives.members(settings.objectives), scores, key)
+        else:
+            scorer = Scorer(self.supernet, self.scored_on, scores, self.compute, key)
+        return place(scorer, made["attention"], settings, recipe.seed, self.folder / GATES)
+
+    @cached_property
     def scored_on(self) -> dict[str, objectives.Objective]:
         """The rows of each objective; those of text are from the held-out half that nothing else is measured on."""
         place = self.recipe.place
@@ -124,15 +151,16 @@ class Run:
         return read_json(self.folder / "placement.json")["placement"]
 
 
-def run(recipe: Recipe, only: str | None = None) -> Path:
+def run(recipe: Recipe, only: str | None = None, solve: bool = False) -> Path:
     """Run a recipe to its end, from wherever it was left, and return the run directory.
 
     only: one stage that runs by itself, again where it is done already; those before it must be done.
+    solve: `place` takes the scores that are there and measures nothing; no model is loaded for it.
     Raises UserError for bad input, and where the directory holds a run of another recipe.
     """
     check(recipe)
     torch.set_num_threads(recipe.threads)
-    state = Run(recipe)
+    state = Run(recipe, solve)
     parallel.start(state.device)
     try:
         with locked(state.folder) if parallel.rank() == 0 else nullcontext():
@@ -147,12 +175,17 @@ def _run(state: Run, only: str | None) -> None:
     done_file = state.folder / "stages.json"
     done: dict[str, Any] = read_json(done_file) if done_file.exists() else {}
     wanted = _wanted(recipe, done, only)
+    if state.solve:  # what is refused is so before anything is written
+        differing(recipe, done, only)
+        _ = state.placed
     if lead:
         claim(recipe, done, only)
         if only in AGAIN and done.pop(only, None) is not None:
             write_json(done_file, done)  # a stage that is asked for again counts as open until it has ended
         if "align" in wanted:
             check_base(state)
+        elif "place" in wanted and not state.solve:
+            _ = state.scored_on
     parallel.barrier()  # what is fetched and tokenised into shared folders is so once, by one rank
     for stage in wanted:
         begin = time.monotonic()
@@ -201,7 +234,7 @@ def check_base(state: Run) -> None:
         if train.tokens and stage in recipe.stages:
             state.tokens[0].batch(0, train.batch, train.length, recipe.seed, world=parallel.world())
     if "place" in recipe.stages:
-        state.scored_on()
+        _ = state.scored_on
     if "evaluate" in recipe.stages:
         settings = recipe.evaluate
         check_text(
@@ -215,75 +248,11 @@ def check_base(state: Run) -> None:
         )
 
 
-def claim(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> None:
-    """Write the resolved recipe, or refuse where the directory holds a run of another one.
-
-    Only what has been used already must stay as it was: the base and the text once they are tokenised, a stage's
-    own section once it has begun. `place`, `evaluate` and `bench` may be asked again by themselves with other
-    settings, `place` until training has begun.
-    """
-    folder = Path(recipe.out)
-    path = folder / "recipe.yaml"
-    resolved = yaml.safe_load(yaml.safe_dump(recipe.to_dict()))
-    if path.exists():
-        try:
-            stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError):
-            stored = None
-        if not isinstance(stored, dict):
-            raise UserError(f"{path}: is no recipe; choose another `out`, or remove the file")
-        fixed = _fixed(folder, done, only)
-        changed = differences(_with_defaults(Recipe, stored), resolved)
-        for field, values in changed.items():
-            if field.split(".")[0] in fixed:
-                raise UserError(
-                    f"{path}: holds a run of another recipe ({field} {values}); "
-                    "choose another `out`, or remove the folder"
-                )
-        if any(field.startswith("evaluate.") for field in changed):
-            (folder / "eval.partial.json").unlink(missing_ok=True)
-        if stored == resolved:
-            return
-    write_text(path, yaml.safe_dump(resolved, sort_keys=False))
-
-
-def _with_defaults(kind: Any, values: dict[str, Any]) -> dict[str, Any]:
-    """Plain values of a kept recipe (kind: Recipe, or a section of it) with today's defaults for what they lack.
-
-    A field that came after a run was made stands for what was done before it, as its default does.
-    """
-    filled, types = dict(values), get_type_hints(kind)
-    for field in fields(kind):
-        if field.name not in values:
-            if field.default_factory is not MISSING:
-                made = field.default_factory()
-                filled[field.name] = asdict(made) if is_dataclass(made) and not isinstance(made, type) else made
-            elif field.default is not MISSING:
-                filled[field.name] = field.default
-            continue
-        value, of = values[field.name], types[field.name]
-        if is_dataclass(of) and isinstance(value, dict):
-            filled[field.name] = _with_defaults(of, value)
-        elif of == list[Text] and isinstance(value, list):
-            filled[field.name] = [_with_defaults(Text, one) if isinstance(one, dict) else one for one in value]
-    return filled
-
-
-def _fixed(folder: Path, done: dict[str, Any], only: str | None) -> set[str]:
-    """The recipe's sections that what is in the directory was made by."""
-    checkpoints = [path.name for path in (folder / "checkpoints").glob("*")]
-    fixed: set[str] = set()
-    if (folder / "data" / "tokens.json").exists():
-        fixed |= {"base", "data", "seed"}
-    if (folder / "candidates").exists() or any(name.startswith("align") for name in checkpoints):
-        fixed |= {"align", "paths", "compute", "device", "threads"}
-    if "train" in done or {"train", "stage2"} & set(checkpoints):
-        fixed |= {"place", "train", "stage2"}
-    return fixed | (AGAIN & set(done) - {only})
-
-
 def _align(state: Run) -> None:
     recipe, borders = state.recipe, state.recipe.data.borders
+    for wanted in state.keys.values():
+        _ = [stored_key_fits(state.folder, key) for key in wanted]  # refuses another base's before it is described
+    state.describe()
     align_candidates(
         state.base, recipe.align, state.tokens[0], state.folder, state.keys, recipe.seed, state.compute, borders
     )
@@ -293,10 +262,12 @@ def _align(state: Run) -> None:
 
 
 def _place(state: Run) -> None:
-    recipe, supernet = state.recipe, state.supernet
-    scores, found = place(state.scorer(), supernet.attention, recipe.place, recipe.seed)
-    write_json(state.folder / "scores.json", scores)
-    write_json(state.folder / "placement.json", found)
+    scores, found = state.placed
+    if not state.solve:
+        state.describe()  # a run that was aligned before this was kept has it from here on
+    if parallel.rank() == 0:
+        write_json(state.folder / "scores.json", scores)
+        write_json(state.folder / "placement.json", found)
 
 
 def _train(state: Run) -> None:
@@ -374,10 +345,7 @@ STAGE_FUNCTIONS: dict[str, Callable[[Run], None]] = {
     "report": _report,
 }
 
-AGAIN = {"place", "evaluate", "bench"}
-"""The stages that may be asked again, by themselves, with other settings."""
-
-SPREAD = ("align", "train")
+SPREAD = ("align", "place", "train")
 """The stages that several ranks share; the others run on rank 0."""
 
 NEEDS: dict[str, tuple[str, ...]] = {

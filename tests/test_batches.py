@@ -68,8 +68,8 @@ def one_by_one(model: HybridForCausalLM, requests: Sequence[Request]) -> list[Sc
 def agree(found: Sequence[Scored], expected: Sequence[Scored]) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
-        assert one.values == pytest.approx(other.values, abs=1e-4)
-        assert one.total == pytest.approx(other.total, abs=1e-4)
+        assert one.values == pytest.approx(other.values, abs=1e-4, rel=1e-5)
+        assert one.total == pytest.approx(other.total, abs=1e-4, rel=1e-5)
         assert one.total == math.fsum(one.values)
         assert one.greedy == other.greedy
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_base, make_text, tiny_recipe, write_recipe
 
 from postnas.__main__ import main
+from postnas.claim import _with_defaults
 from postnas.evaluate import groups
 from postnas.files import locked, read_json, read_jsonl
-from postnas.pipeline import _with_defaults
 from postnas.recipe import Base, Data, Recipe, Text
 
 STAGES = {"stages": ["align", "place"]}

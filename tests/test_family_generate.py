@@ -21,6 +21,7 @@ from postnas.models.cache import HybridCache
 from postnas.models.convert import convert
 from postnas.models.load import load_model
 from postnas.models.model import HybridForCausalLM
+from postnas.models.outputs import CACHE
 
 NEW = 12
 
@@ -172,11 +173,11 @@ def test_generate_goes_on_from_the_cache_that_it_returned(model: HybridForCausal
     """A second turn, one token and then more at once, each with the padding of its own."""
     rows, turns = prompts(5, 12), prompts(1, 6)
     first = model.generate(**left_padded(rows), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(first.past_key_values, HybridCache)
+    assert isinstance(first[CACHE], HybridCache)
     more = left_padded(turns)
     ids = torch.cat([first.sequences, more["input_ids"]], dim=1)
     mask = torch.cat([left_padded(rows)["attention_mask"], torch.ones(2, NEW), more["attention_mask"]], dim=1)
-    cache = first.past_key_values
+    cache = first[CACHE]
     second = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=NEW, do_sample=False)
     for index, row in enumerate(rows):
         whole = torch.cat([row, first.sequences[index, 12:], turns[index]])

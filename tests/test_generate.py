@@ -20,6 +20,7 @@ from postnas.generate.throughput import cache_size, measure
 from postnas.models.cache import HybridCache
 from postnas.models.load import load
 from postnas.models.model import HybridForCausalLM
+from postnas.models.outputs import CACHE
 
 NEW = 20
 PLACEMENTS = {"mixed": MIXED, "attention first": ["swa", "attn", "jet", "gated_deltanet"]}
@@ -139,15 +140,13 @@ def test_generate_goes_on_from_a_returned_cache(model: HybridForCausalLM) -> Non
     """A second turn after the first, in a padded batch; with its own padding, too."""
     rows, turns = prompts(5, 12), prompts(3, 6)
     first = model.generate(**left_padded(rows), max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True)
-    assert isinstance(first.past_key_values, HybridCache)
+    assert isinstance(first[CACHE], HybridCache)
     # the last new token has not been read yet
-    assert first.past_key_values.get_seq_length() == 12 + NEW - 1
+    assert first[CACHE].get_seq_length() == 12 + NEW - 1
     more = left_padded(turns)
     ids = torch.cat([first.sequences, more["input_ids"]], dim=1)
     mask = torch.cat([left_padded(rows)["attention_mask"], torch.ones(2, NEW), more["attention_mask"]], dim=1)
-    second = model.generate(
-        ids, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=NEW, do_sample=False
-    )
+    second = model.generate(ids, attention_mask=mask, past_key_values=first[CACHE], max_new_tokens=NEW, do_sample=False)
     for index, row in enumerate(rows):
         whole = torch.cat([row, first.sequences[index, 12:], turns[index]])
         assert torch.equal(second[index, ids.shape[1] :], by_hand(model, whole)[0])

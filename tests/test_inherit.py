@@ -9,17 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from postnas.blocks import BLOCKS, make_block
+from postnas.blocks import linear_blocks, make_block
 from postnas.blocks.attention import Attention
-from postnas.blocks.delta import DeltaMixer
 from postnas.blocks.dims import Dims
+from postnas.blocks.gated_deltanet import ShortConv
 from postnas.blocks.inherit import inherit, plain_step, relative_error
+from postnas.blocks.linear import LinearMixer
 from postnas.ops.dynamic_conv import generated_taps
 from postnas.train.align import fingerprint
 
 HIDDEN, SIZE = 40, 8
 ROUNDING = {"rtol": 1e-5, "atol": 1e-5}
-each_block = pytest.mark.parametrize("block", [name for name, block in BLOCKS.items() if issubclass(block, DeltaMixer)])
+each_block = pytest.mark.parametrize("block", linear_blocks())
+SILU_GATES = [name for name in linear_blocks() if name not in ("kda", "rwkv7")]
+"""Blocks whose output gate is SiLU(W_g x), not a sigmoid through few channels."""
 each_group = pytest.mark.parametrize("group", [1, 2, 3, 6, 8])
 with_and_without_bias = pytest.mark.parametrize("bias", [False, True])
 
@@ -35,7 +38,7 @@ def attention_of(group: int = 2, kv_heads: int = 2, bias: bool = False, qk_norm:
     return attention.requires_grad_(False)
 
 
-def inherited(attention: Attention, block: str = "jet", **options: Any) -> DeltaMixer:
+def inherited(attention: Attention, block: str = "jet", **options: Any) -> LinearMixer:
     """A mixer of other weights first, so that nothing it should have been given is right by chance."""
     arguments = {name: options.pop(name) for name in ("sample", "start", "seed") if name in options}
     mixer = make_block(block, attention.dims, options)
@@ -61,7 +64,7 @@ def of_head(attention: Attention, name: str, head: int, x: Tensor) -> Tensor:
     return y if projection.bias is None else y + projection.bias[rows]
 
 
-def heads_of(mixer: DeltaMixer, name: str, x: Tensor) -> Tensor:
+def heads_of(mixer: LinearMixer, name: str, x: Tensor) -> Tensor:
     """[..., heads, channels] of a mixer's own projection."""
     return getattr(mixer, f"{name}_proj")(x).unflatten(-1, (mixer.heads, -1))
 
@@ -225,10 +228,38 @@ def test_other_head_counts_take_the_nearest_source_head(block: str, count: int, 
             torch.testing.assert_close(heads_of(mixer, name, x)[..., head, :], expected, **ROUNDING)
 
 
+@pytest.mark.parametrize("size", [3, 2 * SIZE])
+@with_and_without_bias
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_heads_that_share_q_and_k_get_the_best_for_all_of_them(groups: int, bias: bool, size: int) -> None:
+    """The sum of W_q^T W_k over the group's heads, at the rank of its key dim."""
+    attention = attention_of(group=3, bias=bias)
+    mixer = inherited(attention, "mamba2", n_groups=groups, head_dim=size, expand_v=SIZE / size)
+    assert mixer.q_proj.out_features == groups * size
+    shared = mixer.heads // groups
+    for index in range(groups):
+        own = slice(index * size, (index + 1) * size)
+        product = torch.zeros(HIDDEN + bias, HIDDEN + bias)
+        for head in range(index * shared, (index + 1) * shared):
+            source, keys = slice(head * SIZE, (head + 1) * SIZE), slice(head // 3 * SIZE, (head // 3 + 1) * SIZE)
+            product += with_bias(attention.q_proj, source).T @ with_bias(attention.k_proj, keys)
+        found = with_bias(mixer.q_proj, own).T @ with_bias(mixer.k_proj, own)
+        torch.testing.assert_close(found, best_of_rank(product, size).float(), rtol=0, atol=5e-5)
+
+
+@each_block
+def test_what_it_starts_as_follows_attention(block: str) -> None:
+    """With a sample, a good part of the output is there before any training; zero is as good as an output of zeros."""
+    attention = attention_of()
+    x, y = sample_of(attention)
+    mixer = inherited(attention, block, sample=(x, y))
+    assert relative_error(mixer(x, plain_step(x))[0], y) < 0.98
+
+
 # What attention has nothing for
 
 
-@pytest.mark.parametrize("block", ["jet", "gated_deltanet"])
+@each_block
 def test_the_convolution_starts_as_the_identity(block: str) -> None:
     mixer, x = inherited(attention_of(), block), inputs()
     if block == "jet":
@@ -237,12 +268,16 @@ def test_the_convolution_starts_as_the_identity(block: str) -> None:
         taps = generated_taps(inner, generator.w2.weight, generator.w2.bias, generator.channels)
         assert (taps[:-1] == 0).all() and (taps[-1] == 1).all()
         assert mixer.dynamic_conv1d.kernel_generator.w1.weight.abs().max() > 0  # else it could never learn
-        return
-    for conv in (mixer.q_conv1d, mixer.k_conv1d, mixer.v_conv1d):
+    if block == "rwkv7":
+        assert (mixer.mixes == 0).all()
+    convs = [module for module in mixer.modules() if isinstance(module, ShortConv)]
+    assert len(convs) == {"gated_deltanet": 3, "delta_net": 3, "kda": 3, "mamba2": 1}.get(block, 0)
+    for conv in convs:
         assert (conv.weight[..., :-1] == 0).all() and (conv.weight[..., -1] == 1).all()
+        assert getattr(conv, "bias", None) is None or (conv.bias == 0).all()
 
 
-@each_block
+@pytest.mark.parametrize("block", ["jet", "gated_deltanet", "mamba2"])
 def test_the_decay_starts_slow(block: str) -> None:
     mixer = inherited(attention_of(group=8), block)
     rate, time = mixer.A_log.exp(), F.softplus(mixer.dt_bias)
@@ -251,13 +286,28 @@ def test_the_decay_starts_slow(block: str) -> None:
     assert rate.unique().numel() == mixer.heads
 
 
+@each_block
+def test_a_state_fades_slowly_and_each_head_in_its_own_time(block: str) -> None:
+    """After tokens of all zeros, which write nothing, what is left of a state is what the decay alone leaves."""
+    mixer, x = inherited(attention_of(group=8), block), inputs(1, 4)
+    state = mixer.State()
+    mixer(x, plain_step(x), state)
+    still = torch.zeros(1, 4, HIDDEN)
+    mixer(still, plain_step(still), state)  # no convolution remembers x after these
+    before = state.recurrent.clone()
+    mixer(still[:, :1], plain_step(still[:, :1]), state)
+    left = state.recurrent.norm(dim=(-1, -2)) / before.norm(dim=(-1, -2))
+    assert left.min() > 0.4 and left.max() <= 1 and left.median() > 0.9
+    assert (left == 1).all() if block == "delta_net" else left.unique().numel() > mixer.heads // 2
+
+
 def sample_of(attention: Attention) -> tuple[Tensor, Tensor]:
     x = inputs(4, 60)
     angles = torch.arange(60)[:, None] * torch.tensor([1.0, 0.1, 0.01, 0.001]).repeat(2)
     return x, attention(x, plain_step(x, (angles.cos()[None], angles.sin()[None])))[0]
 
 
-@each_block
+@pytest.mark.parametrize("block", SILU_GATES)
 def test_gates_start_nearly_open_where_a_sample_says_how(block: str) -> None:
     attention = attention_of()
     sample = sample_of(attention)
@@ -281,14 +331,14 @@ def test_the_norm_is_fitted_by_least_squares(block: str, expand_v: float, start:
     error_ones = relative_error(mixer(x, plain_step(x))[0], y)
     assert error_fitted <= error_ones
     columns = []
-    for channel in range(mixer.value_dim):
+    for channel in range(fitted.numel()):
         mixer.o_norm.weight.zero_()
         mixer.o_norm.weight[channel] = 1.0
         columns.append(mixer(x, plain_step(x))[0].flatten().double())
     a = torch.stack(columns, dim=1)
     ridge = 1e-3 * (a.T @ a).diagonal().mean()
-    a = torch.cat([a, ridge.sqrt() * torch.eye(mixer.value_dim, dtype=a.dtype)])
-    target = torch.cat([y.flatten().double(), torch.zeros(mixer.value_dim, dtype=a.dtype)])
+    a = torch.cat([a, ridge.sqrt() * torch.eye(fitted.numel(), dtype=a.dtype)])
+    target = torch.cat([y.flatten().double(), torch.zeros(fitted.numel(), dtype=a.dtype)])
     solved = torch.linalg.lstsq(a, target[:, None], driver="gelsd").solution[:, 0]
     torch.testing.assert_close(fitted, solved.float(), rtol=1e-3, atol=1e-4)
 
@@ -306,8 +356,16 @@ def test_the_same_seed_gives_the_same_start(block: str) -> None:
     first, second, other = start(1), start(1), start(2)
     for name in first:
         assert torch.equal(first[name], second[name]) or drawn_when_made in name, name
-    for name in ("v_proj.weight", "a_proj.weight", "b_proj.weight", "g_proj.weight", "A_log", "dt_bias"):
-        assert not torch.equal(first[name], other[name]), name
+    for name in (
+        "v_proj.weight",
+        "a_proj.weight",
+        "b_proj.weight",
+        "g_proj.weight",
+        "gk_up.weight",
+        "A_log",
+        "dt_bias",
+    ):
+        assert name not in first or not torch.equal(first[name], other[name]), name
 
 
 def test_the_attention_is_not_touched() -> None:

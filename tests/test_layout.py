@@ -27,6 +27,7 @@ TIERS = (
     ("evaluate",),
     ("search",),
     ("report", "export"),
+    ("claim",),
     ("pipeline",),
     ("commands",),
     ("__main__",),

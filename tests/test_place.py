@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,11 @@ from postnas.errors import UserError
 from postnas.files import read_json, read_jsonl
 from postnas.models.load import load
 from postnas.pipeline import run
+from postnas.progress import Progress
+from postnas.recipe import Place
+from postnas.search import placement
 from postnas.search.objectives import GROUPS, OBJECTIVES
+from postnas.search.scores import Scored
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +108,33 @@ def test_what_cannot_be_is_one_line(
     with pytest.raises(UserError, match=message) as raised:
         placed(tmp_path, inputs, **changes)
     assert "\n" not in str(raised.value)
+
+
+class Planted(Scored):
+    """Scores of ten layers that need no model."""
+
+    def _measure(self, missing: list[Any], after: Callable[[int], None]) -> None:
+        for names in missing:
+            worth = sum((layer * 7) % 10 + 1 for layer, name in enumerate(names) if name == "jet")
+            self.known[names] = {"kl": [worth + 0.5 * names.count("swa")]}
+            after(1)
+
+
+@pytest.mark.parametrize("budget", [2, 7])
+@pytest.mark.parametrize("windows", [0, 2])
+@pytest.mark.parametrize("strategy", ["swap", "greedy", "beam", "uniform"])
+def test_the_bar_ends_at_its_total(
+    strategy: str, windows: int, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`beam` scores a placement once that it reaches in several ways, so it may end before."""
+    bars: list[Progress] = []
+
+    def kept(*arguments: Any, **keywords: Any) -> Progress:
+        bars.append(Progress(*arguments, **keywords))
+        return bars[-1]
+
+    monkeypatch.setattr(placement, "Progress", kept)
+    settings = Place(strategy=strategy, budget=budget, windows=windows, objective={"kl": 1.0}, width=3)
+    placement.place(Planted(["kl"], tmp_path / "scored.jsonl", "key"), ["attn"] * 10, settings, 0)
+    [bar] = bars
+    assert bar.done == bar.total or (strategy == "beam" and bar.total / 2 < bar.done < bar.total)

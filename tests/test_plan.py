@@ -144,9 +144,12 @@ def test_visible_pairs_are_those_of_the_mask() -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 48, 64, 100, 256])
-@pytest.mark.parametrize("name", sorted(BLOCKS))
+@pytest.mark.parametrize("name", sorted(set(BLOCKS) - {"kda", "rwkv7"}))
 def test_mixer_flops_are_those_torch_counts(name: str, tokens: int) -> None:
-    """What torch does not see is elementwise: convolutions, and at a single token the write to the state."""
+    """What torch does not see is elementwise: convolutions, and at a single token the write to the state.
+
+    `kda` and `rwkv7` write to the state in products too: `test_blocks_linear.py` counts theirs, within 2%.
+    """
     mixer = make_block(name, DIMS, {"window_size": 70} if name == "swa" else None)
     x, rope = torch.randn(1, tokens, DIMS.hidden), (torch.ones(1, tokens, 32), torch.zeros(1, tokens, 32))
     with torch.no_grad():
@@ -154,7 +157,7 @@ def test_mixer_flops_are_those_torch_counts(name: str, tokens: int) -> None:
     if name in ("attn", "swa"):
         found -= 4 * DIMS.heads * DIMS.head_dim * masked(tokens, mixer.window)
     else:
-        found += 2 * tokens * mixer.conv_channels * mixer.options.conv_size
+        found += 2 * tokens * mixer.conv_channels * getattr(mixer.options, "conv_size", 0)
         found += 2 * mixer.heads * mixer.key_dim * mixer.value_dim if tokens == 1 else 0
     assert found == mixer.flops(tokens)
 

@@ -16,11 +16,13 @@ from tiny import make_base
 from torch import Tensor
 
 from postnas.blocks import make_block
+from postnas.errors import UserError
+from postnas.files import read_jsonl
 from postnas.models.checkpoint import load_base
 from postnas.models.supernet import Supernet
 from postnas.search.gates import SoftNet, gates, minibatches, project, solve
 from postnas.search.objectives import Objective, measure
-from postnas.search.scores import Scorer
+from postnas.search.scores import Scored, Scorer
 from postnas.search.strategies import Placement, with_linear
 
 BLOCKS = ["jet", "gated_deltanet"]
@@ -103,6 +105,32 @@ def test_layers_that_two_placements_share_run_once(supernet: Supernet, tmp_path:
     # the base once; then what is new against the base or the placement before; known ones not at all
     assert counts == [5, 3, 1, 4, 1, 1, 0, 5, 2, 0, 2]
     assert len(scorer.trunk["kl", 0]) == len(scorer.last["kl", 0][1]) == 6
+
+
+def test_what_is_asked_together_is_scored_in_the_order_that_shares_most(
+    supernet: Supernet, tmp_path: Path, ran: list[int]
+) -> None:
+    """The base, then jjajj, jjjaj and jjjja: each runs only from where it parts from the one before."""
+    scorer = Scorer(supernet, KL, tmp_path / "scored.jsonl", torch.float32, "key")
+    asked, told = [spelled(word) for word in ("jjjja", "jjajj", "jjjaj", "jjjja")], []
+    found = scorer.several(asked, told.append)
+    assert len(ran) == 5 + 5 + 3 + 2
+    assert told == [1, 1, 1, 1]  # asked twice, then as they are scored
+    assert [values["kl"] for values in found] == [direct(supernet, "kl", placement) for placement in asked]
+
+
+def test_a_search_by_other_objectives_measures_only_what_is_not_known(supernet: Supernet, tmp_path: Path) -> None:
+    path, asked = tmp_path / "scored.jsonl", spelled("jajja")
+    first = Scorer(supernet, KL, path, torch.float32, "key").rows(asked)
+    both = Scorer(supernet, ALL, path, torch.float32, "key")
+    assert both.lacking(tuple(asked)) == ["copy"]
+    assert both.rows(asked)["kl"] == first["kl"]
+    assert [set(record["rows"]) for record in read_jsonl(path)] == [{"kl"}, {"copy"}]
+    known = Scored(["copy"], path, "key")
+    assert known(asked) == {"copy": direct(supernet, "copy", asked)}
+    for other in (Scored(["needle"], path, "key"), Scored(["kl"], path, "another key")):
+        with pytest.raises(UserError, match=r"^solve: 2 placements are not scored yet on (needle|kl); leave --solve"):
+            other.several([asked, spelled("jjjjj"), asked])
 
 
 def test_a_score_that_was_cut_off_harms_no_later_one(
@@ -196,7 +224,11 @@ def test_gates_on_a_model_keep_the_layers_that_matter(supernet: Supernet, tmp_pa
     scorer = Scorer(supernet, KL, tmp_path / "scored.jsonl", torch.float32, "key")
     relaxed = SoftNet(supernet, ["jet"], minibatches(tokens, None, 2, seed=0), "kl", torch.float32)
     made = gates(relaxed, supernet.attention, ["jet"], 2, 0, steps=12, lr=0.3)
-    found = solve(lambda p: scorer(p)["kl"], made.probabilities().detach(), supernet.attention, ["jet"], 2)
+
+    def score(placements: list[Placement]) -> list[float]:
+        return [values["kl"] for values in scorer.several(placements)]
+
+    found = solve(score, made.probabilities().detach(), supernet.attention, ["jet"], 2)
     every = [with_linear(supernet.attention, "jet", set(linear)) for linear in combinations(range(5), 3)]
     assert scorer(found)["kl"] == min(scorer(placement)["kl"] for placement in every)
 

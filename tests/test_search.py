@@ -24,16 +24,15 @@ def linear(placement: Placement) -> set[int]:
     return {layer for layer, block in enumerate(placement) if block != "attn"}
 
 
-def additive(placement: Placement) -> float:
+def additive(placements: list[Placement]) -> list[float]:
     """Layers hurt by themselves: 5 the most, then 2, then 7."""
     costs = [1.0, 2.0, 8.0, 3.0, 0.5, 9.0, 0.1, 7.0]
-    return sum(costs[layer] for layer in linear(placement))
+    return [sum(costs[layer] for layer in linear(placement)) for placement in placements]
 
 
-def redundant(placement: Placement) -> float:
+def redundant(placements: list[Placement]) -> list[float]:
     """Layers 0 and 1 do the same: losing one costs nothing, losing both costs all. Others cost a little each."""
-    gone = linear(placement)
-    return 10.0 * ({0, 1} <= gone) + 0.1 * len(gone - {0, 1})
+    return [10.0 * ({0, 1} <= gone) + 0.1 * len(gone - {0, 1}) for gone in map(linear, placements)]
 
 
 @pytest.mark.parametrize("name", ["swap", "greedy"])
@@ -46,8 +45,8 @@ def test_searches_keep_the_layers_that_matter(name: str, budget: int) -> None:
 
 def test_greedy_sees_what_single_swaps_cannot() -> None:
     """Each of two redundant layers alone looks free; only greedy notices that one must stay."""
-    assert redundant(STRATEGIES["swap"](redundant, ATTENTION, "jet", 1, 0)) > 10
-    assert redundant(STRATEGIES["greedy"](redundant, ATTENTION, "jet", 1, 0)) < 1
+    assert redundant([STRATEGIES["swap"](redundant, ATTENTION, "jet", 1, 0)])[0] > 10
+    assert redundant([STRATEGIES["greedy"](redundant, ATTENTION, "jet", 1, 0)])[0] < 1
 
 
 @pytest.mark.parametrize("name", list(STRATEGIES))

@@ -30,7 +30,7 @@ class Planted:
         generator = torch.Generator().manual_seed(seed)
         self.own = torch.rand(layers, generator=generator, dtype=torch.float64) + 0.5
         self.pair = torch.randn(layers, layers, generator=generator, dtype=torch.float64).triu(1) * 0.3
-        self.calls: list[Placement] = []
+        self.calls: list[list[Placement]] = []
 
     def soft(self, linear: Tensor) -> Tensor:
         """The multilinear extension, for the probabilities [layers] of being linear."""
@@ -40,9 +40,12 @@ class Planted:
     def relaxed(self, probabilities: Tensor, step: int) -> Tensor:
         return self.soft(probabilities[:, 1])
 
-    def __call__(self, placement: Placement) -> float:
-        self.calls.append(placement)
+    def one(self, placement: Placement) -> float:
         return float(self.soft(torch.tensor([float(name != "attn") for name in placement])))
+
+    def __call__(self, placements: list[Placement]) -> list[float]:
+        self.calls.append(placements)
+        return [self.one(placement) for placement in placements]
 
 
 @cache
@@ -66,7 +69,7 @@ def test_beam_finds_the_best_of_all_placements(budget: int) -> None:
         score = Planted(seed)
         found = beam(score, ATTENTION, "jet", budget, 0)
         assert found.count("attn") == budget
-        assert score(found) == pytest.approx(optimum(seed, budget), abs=1e-12), seed
+        assert score.one(found) == pytest.approx(optimum(seed, budget), abs=1e-12), seed
 
 
 def test_beam_finds_what_greedy_misses() -> None:
@@ -74,8 +77,8 @@ def test_beam_finds_what_greedy_misses() -> None:
     greedy, narrow = 0, 0
     for seed, budget in product(SEEDS, BUDGETS):
         score, best = Planted(seed), optimum(seed, budget) + 1e-9
-        greedy += score(STRATEGIES["greedy"](score, ATTENTION, "jet", budget, 0)) > best
-        narrow += score(beam(score, ATTENTION, "jet", budget, 0, width=1)) > best
+        greedy += score.one(STRATEGIES["greedy"](score, ATTENTION, "jet", budget, 0)) > best
+        narrow += score.one(beam(score, ATTENTION, "jet", budget, 0, width=1)) > best
     assert greedy >= 5 and narrow >= 5
 
 
@@ -83,31 +86,43 @@ def test_beam_begins_at_the_side_with_fewer_changes() -> None:
     for budget, levels in ((2, {0, 1, 2}), (8, {9, 8})):
         score = Planted(0)
         beam(score, ATTENTION, "jet", budget, 0)
-        assert {placement.count("attn") for placement in score.calls} == levels
+        assert {placement.count("attn") for call in score.calls for placement in call} == levels
 
 
-def test_beam_scores_placements_that_share_early_layers_one_after_the_other() -> None:
+def test_what_can_be_scored_together_is_asked_for_together() -> None:
+    """A level of the beam, a round of `greedy`, all single swaps, and a round of exchanges are one call each."""
     score = Planted(1)
     beam_over(score, with_linear(ATTENTION, "jet", set(range(LAYERS))), [["attn"]] * LAYERS, 3, 8)
-    levels: dict[int, list[Placement]] = {}
-    for placement in score.calls:
-        levels.setdefault(placement.count("attn"), []).append(placement)
-    assert [len(level) for level in levels.values()][:2] == [10, 44]  # 8 of 10 kept, their pairs counted once
-    for level in levels.values():
-        assert level == sorted(level)
+    assert [len(level) for level in score.calls][:2] == [10, 44]  # 8 of 10 kept, their pairs counted once
+    assert len(score.calls) == 3
+    for name, calls in (("greedy", [10, 9, 8]), ("swap", [10]), ("uniform", []), ("random", [])):
+        score = Planted(1)
+        STRATEGIES[name](score, ATTENTION, "jet", 7, 0)
+        assert [len(call) for call in score.calls] == calls
+    score = Planted(1)
+    solve(score, torch.tensor([[0.5, 0.5]] * LAYERS), ATTENTION, ["jet"], 3)
+    assert len(score.calls) > 2 and {len(call) for call in score.calls[1:]} == {3 * 7}
+
+
+def zeros(placements: list[Placement]) -> list[float]:
+    return [0.0] * len(placements)
 
 
 def test_ties_go_by_the_placement() -> None:
-    assert beam(lambda placement: 0.0, ATTENTION, "jet", 2, 0) == ["attn", "attn"] + ["jet"] * 8
+    assert beam(zeros, ATTENTION, "jet", 2, 0) == ["attn", "attn"] + ["jet"] * 8
 
 
 def test_fixed_layers_stay_in_the_beam() -> None:
     """Layers without a choice keep what they start with; changes that cannot be made are refused."""
     choices: list[list[str]] = [[], ["attn"], [], ["attn"]]
     start = ["swa", "jet", "jet", "jet"]
-    assert beam_over(lambda p: float(p[1] == "attn"), start, choices, 1, 4) == ["swa", "jet", "jet", "attn"]
+
+    def second(placements: list[Placement]) -> list[float]:
+        return [float(placement[1] == "attn") for placement in placements]
+
+    assert beam_over(second, start, choices, 1, 4) == ["swa", "jet", "jet", "attn"]
     with pytest.raises(ValueError, match="3 changes"):
-        beam_over(lambda p: 0.0, start, choices, 3, 4)
+        beam_over(zeros, start, choices, 3, 4)
 
 
 @pytest.mark.parametrize("budget", [0, 1, 2, 4, 5, 6])
@@ -116,14 +131,14 @@ def test_beam_chooses_among_several_blocks(budget: int) -> None:
     attention, pair = ["attn"] * 6, Planted(5, 6)
     cost = torch.rand(6, 2, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
-    def score(placement: Placement) -> float:
+    def one(placement: Placement) -> float:
         own = sum(float(cost[i, BLOCKS.index(name)]) for i, name in enumerate(placement) if name != "attn")
-        return own + pair(placement)
+        return own + pair.one(placement)
 
     every = [list(p) for p in product(["attn", *BLOCKS], repeat=6) if p.count("attn") == budget]
-    found = beam_blocks(score, attention, BLOCKS, budget)
+    found = beam_blocks(lambda placements: [one(p) for p in placements], attention, BLOCKS, budget)
     assert found.count("attn") == budget
-    assert score(found) == pytest.approx(min(map(score, every)), abs=1e-12)
+    assert one(found) == pytest.approx(min(map(one, every)), abs=1e-12)
 
 
 def test_exchanges_keep_the_budget() -> None:
@@ -158,7 +173,7 @@ def test_gates_come_within_two_percent_of_the_optimum(budget: int) -> None:
         made = gates(score.relaxed, ATTENTION, ["jet"], budget, seed, steps=100, lr=0.1)
         found = solve(score, made.probabilities().detach(), ATTENTION, ["jet"], budget)
         assert found.count("attn") == budget
-        assert score(found) <= best + 0.02 * abs(best), seed
+        assert score.one(found) <= best + 0.02 * abs(best), seed
 
 
 def test_gates_themselves_find_good_placements() -> None:
@@ -168,7 +183,7 @@ def test_gates_themselves_find_good_placements() -> None:
         score = Planted(seed)
         made = gates(score.relaxed, ATTENTION, ["jet"], 4, seed, steps=100, lr=0.1)
         values = sorted(value for linear, value in table(seed).items() if len(linear) == LAYERS - 4)
-        gaps.append(score(rounded(made.probabilities().detach(), ATTENTION, ["jet"], 4)) - values[0])
+        gaps.append(score.one(rounded(made.probabilities().detach(), ATTENTION, ["jet"], 4)) - values[0])
         drawn.append(sum(values) / len(values) - values[0])
     assert sum(gaps) < 0.2 * sum(drawn)
 
@@ -177,13 +192,13 @@ def test_gates_choose_among_several_blocks() -> None:
     cost = torch.rand(6, 3, generator=torch.Generator().manual_seed(3))
     cost[:, 0] = 0
 
-    def score(placement: Placement) -> float:
-        return sum(float(cost[i, ["attn", *BLOCKS].index(name)]) for i, name in enumerate(placement))
+    def score(placements: list[Placement]) -> list[float]:
+        return [sum(float(cost[i, ["attn", *BLOCKS].index(name)]) for i, name in enumerate(p)) for p in placements]
 
     made = gates(lambda p, step: (p * cost).sum(), ["attn"] * 6, BLOCKS, 2, 0, steps=100, lr=0.1)
     found = rounded(made.probabilities().detach(), ["attn"] * 6, BLOCKS, 2)
     cheapest = cost[:, 1:].min(dim=1).values
-    assert score(found) == pytest.approx(float(cheapest.sort().values[:4].sum()))
+    assert score([found]) == pytest.approx([float(cheapest.sort().values[:4].sum())])
     assert solve(score, made.probabilities().detach(), ["attn"] * 6, BLOCKS, 2) == found
 
 

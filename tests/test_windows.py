@@ -23,10 +23,10 @@ WORTH = [1.0, 50.0, 4.0, 3.0, 50.0, 2.0, 0.5, -1.0]
 """What a window in each layer takes off the planted score; most where attention already stands."""
 
 
-def planted(placement: Placement) -> float:
+def planted(placements: list[Placement]) -> list[float]:
     """Layers 2 and 3 do the same: a window in both is worth no more than one in layer 2."""
-    on = {layer for layer, name in enumerate(placement) if name == "swa"}
-    return 10.0 - sum(WORTH[layer] for layer in on) + WORTH[3] * ({2, 3} <= on)
+    each = [{layer for layer, name in enumerate(placement) if name == "swa"} for placement in placements]
+    return [10.0 - sum(WORTH[layer] for layer in on) + WORTH[3] * ({2, 3} <= on) for on in each]
 
 
 def test_windows_go_where_they_help_most_beside_those_chosen() -> None:
@@ -49,30 +49,26 @@ def test_attention_stays_and_a_window_that_hurts_says_so() -> None:
 
 
 def test_equal_layers_go_first_to_last_and_none_asks_for_no_score() -> None:
-    def flat(placement: Placement) -> float:
-        return 1.0
+    def flat(placements: list[Placement]) -> list[float]:
+        return [1.0] * len(placements)
 
     assert [record["layer"] for record in windows(flat, PLACEMENT, 3)[1]] == [0, 2, 3]
 
-    def never(placement: Placement) -> float:
+    def never(placements: list[Placement]) -> list[float]:
         raise AssertionError("scored")
 
     assert windows(never, PLACEMENT, 0) == (PLACEMENT, [])
 
 
-def test_each_placement_shares_all_it_can_with_the_one_scored_before() -> None:
-    """A scorer that keeps the last placement's states runs only the layers from the one that is turned on."""
-    run, last = [], [""] * len(PLACEMENT)
+def test_the_layers_of_a_step_are_scored_together() -> None:
+    asked: list[int] = []
 
-    def score(placement: Placement) -> float:
-        first = next(i for i, (a, b) in enumerate(zip(placement, last)) if a != b)
-        run.append(len(placement) - first)
-        last[:] = placement
-        return planted(placement)
+    def score(placements: list[Placement]) -> list[float]:
+        asked.append(len(placements))
+        return planted(placements)
 
-    windows(score, PLACEMENT, 1)
-    linear = [layer for layer, name in enumerate(PLACEMENT) if name != "attn"]
-    assert run == [8] + [8 - layer for layer in reversed(linear)]
+    windows(score, PLACEMENT, 2)
+    assert asked == [1, 6, 5]
 
 
 @pytest.mark.parametrize("count", [-1, 7])
@@ -108,7 +104,11 @@ def test_a_window_as_long_as_the_text_gains_what_attention_would(base: HybridFor
 
     def gains(window: int, stand_in: str) -> tuple[Placement, list[dict[str, Any]]]:
         net = supernet(base, window)
-        return windows(lambda p: kl(net, [stand_in if n == "swa" else n for n in p], IDS), start, 2)
+
+        def score(placements: list[Placement]) -> list[float]:
+            return [kl(net, [stand_in if n == "swa" else n for n in p], IDS) for p in placements]
+
+        return windows(score, start, 2)
 
     full, seen = gains(40, "attn"), gains(40, "swa")
     assert seen == full

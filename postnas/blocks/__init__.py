@@ -14,9 +14,15 @@ from math import isfinite
 from typing import Any, get_args, get_type_hints
 
 from postnas.blocks.attention import Attention, WindowAttention
+from postnas.blocks.delta_net import DeltaNet
 from postnas.blocks.dims import Dims
 from postnas.blocks.gated_deltanet import GatedDeltaNet
+from postnas.blocks.gla import GLA
 from postnas.blocks.jet import Jet
+from postnas.blocks.kda import KDA
+from postnas.blocks.mamba2 import Mamba2
+from postnas.blocks.retnet import RetNet
+from postnas.blocks.rwkv7 import RWKV7
 from postnas.blocks.state import LinearState
 from postnas.errors import UserError
 
@@ -25,6 +31,12 @@ BLOCKS: dict[str, Any] = {
     "swa": WindowAttention,
     "jet": Jet,
     "gated_deltanet": GatedDeltaNet,
+    "gla": GLA,
+    "retnet": RetNet,
+    "mamba2": Mamba2,
+    "delta_net": DeltaNet,
+    "kda": KDA,
+    "rwkv7": RWKV7,
 }
 """Every mixer by the name that a placement uses. Adding one is one file and one line here."""
 

@@ -3,78 +3,44 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postnas.blocks.dims import Dims
+from postnas.blocks.linear import LinearMixer, LinearOptions, normal
 from postnas.blocks.norm import GatedRMSNorm
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
-from postnas.errors import UserError
 from postnas.ops.gated_delta_rule import CHUNK, gated_delta_rule
 
 
 @dataclass(frozen=True)
-class DeltaOptions:
+class DeltaOptions(LinearOptions):
     """Options of a gated-delta-rule block; None means: as in the base's attention."""
 
-    num_heads: int | None = None
-    """Heads of queries, keys and values alike."""
-    head_dim: int | None = None
-    """Key dim."""
     expand_v: float = 2.0
     """Value dim as a multiple of the key dim, cut to a whole number."""
     conv_size: int = 4
     """Taps of the convolution."""
-    norm_eps: float = 1e-5
-    """Epsilon of the gated norm."""
-    qkv_bias: bool | None = None
-    """Biases on q, k and v."""
 
-    def resolve(self, dims: Dims) -> DeltaOptions:
-        """The options with every None filled in. Raises UserError for sizes that cannot be."""
-        # The official files hold norm_eps as text ("1e-5").
-        filled = replace(
-            self,
-            num_heads=dims.heads if self.num_heads is None else self.num_heads,
-            head_dim=dims.head_dim if self.head_dim is None else self.head_dim,
-            qkv_bias=dims.qkv_bias if self.qkv_bias is None else self.qkv_bias,
-            norm_eps=float(self.norm_eps),
-        )
-        for name, least in (("num_heads", 1), ("head_dim", 1), ("conv_size", 2)):
-            if getattr(filled, name) < least:
-                raise UserError(
-                    f"{name}: {getattr(filled, name)} is too small for a linear block; give {least} or more"
-                )
-        if filled.value_dim < 1:
-            raise UserError(f"expand_v: {self.expand_v} leaves no value dim; give a larger one")
+    def resolve(self, dims: Dims) -> Self:
+        filled = super().resolve(dims)
+        filled.at_least("conv_size", 2)
         return filled
 
-    @property
-    def value_dim(self) -> int:
-        return int((self.head_dim or 0) * self.expand_v)
 
-
-class DeltaMixer(nn.Module):
+class DeltaMixer(LinearMixer):
     """Projections, gates and output of a gated-delta-rule block; what convolves is the block's own."""
 
-    State = LinearState
-    conv_channels: int
-    """Channels whose last inputs are remembered; each block sets its own."""
+    options: DeltaOptions
 
     def __init__(self, dims: Dims, options: DeltaOptions) -> None:
-        super().__init__()
-        self.dims, self.options = dims, options
-        assert options.num_heads is not None and options.head_dim is not None
-        self.heads, self.key_dim, self.value_dim = options.num_heads, options.head_dim, options.value_dim
-        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
-        bias = bool(options.qkv_bias)
-        self.q_proj = nn.Linear(dims.hidden, keys, bias=bias)
-        self.k_proj = nn.Linear(dims.hidden, keys, bias=bias)
-        self.v_proj = nn.Linear(dims.hidden, values, bias=bias)
+        super().__init__(dims, options)
+        values = self.heads * self.value_dim
         self.a_proj = nn.Linear(dims.hidden, self.heads, bias=False)
         self.b_proj = nn.Linear(dims.hidden, self.heads, bias=False)
         self.g_proj = nn.Linear(dims.hidden, values, bias=False)
@@ -99,6 +65,15 @@ class DeltaMixer(nn.Module):
         self.A_log.copy_(rate.log())
         self.dt_bias.copy_(time + torch.log(-torch.expm1(-time)))  # the inverse of softplus
 
+    @torch.no_grad()
+    def start_gates(self, sample: tuple[Tensor, Tensor] | None, start: str, generator: torch.Generator) -> None:
+        """Output gate; small write-strength and decay projections; a slow decay, A uniform in (0.5, 8)."""
+        super().start_gates(sample, start, generator)
+        for projection in (self.a_proj, self.b_proj):
+            weight = projection.weight
+            weight.copy_(normal(tuple(weight.shape), 0.1 * self.dims.hidden**-0.5, generator, weight))
+        self.reset_parameters(0.5, 8.0, generator)
+
     def mix(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, step: Step, state: LinearState | None) -> Tensor:
         """x [B, T, hidden]; q, k [B, T, heads * key_dim] and v [B, T, heads * value_dim] ready for the rule."""
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -116,11 +91,6 @@ class DeltaMixer(nn.Module):
         if state is not None:
             state.store(recurrent=recurrent)
         return self.o_proj(self.o_norm(o, self.g_proj(x).unflatten(-1, (self.heads, self.value_dim))).flatten(2))
-
-    def state_bytes(self, context: int, dtype: torch.dtype) -> int:
-        """Bytes of one sequence, whatever its length: the state in float32, the convolution's inputs in dtype."""
-        conv = (self.options.conv_size - 1) * self.conv_channels * dtype.itemsize
-        return self.heads * self.key_dim * self.value_dim * 4 + conv
 
     def flops(self, tokens: int, past: int = 0) -> int:
         """Floating-point operations (a multiply-add is two) of `tokens` tokens, chunked where there is more than one.

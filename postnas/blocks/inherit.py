@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from postnas.blocks.attention import Attention
-from postnas.blocks.delta import DeltaMixer
+from postnas.blocks.linear import LinearMixer, normal
+from postnas.blocks.norm import RMSNorm
 from postnas.blocks.step import Rope, Step
 
 EXTRA_STD = 0.02
@@ -23,7 +24,7 @@ EXTRA_OUT_STD = 0.002
 
 @torch.no_grad()
 def inherit(
-    mixer: DeltaMixer,
+    mixer: LinearMixer,
     attention: Attention,
     sample: tuple[Tensor, Tensor] | None = None,
     start: str = "random",
@@ -39,8 +40,11 @@ def inherit(
       extra rows are small random (`random`), or the same rows and output columns with the opposite
       sign and equal gates (`plus_minus`): SiLU(v) - SiLU(-v) = v, so values pass linearly; rows beyond
       twice the head dim are small random again.
-    - The convolution is the identity, the decay slow (A uniform in (0.5, 8)), the gate such that it is
-      nearly 1 where that can be had from `sample`, and o_norm the least-squares fit to the attention's output.
+    - Where heads share q and k (mamba2's groups), these become the leading singular directions of the sum of
+      W_q^T W_k over the source heads.
+    - The convolution is the identity; gates start as the block's own `start_gates` says: a slow decay, and an
+      output gate that is nearly 1 where that can be had from `sample`. o_norm, where the block has one, is the
+      least-squares fit to the attention's output.
 
     sample: the attention's input and output x, y [N, T, hidden] on a few thousand tokens; without it
     gates start random and o_norm at one. seed: of everything random here; what the block itself drew when it
@@ -57,12 +61,19 @@ def inherit(
         q, k = q * attention.q_norm.scale[:, None], k * attention.k_norm.scale[:, None]
     o = attention.o_proj.weight.float().unflatten(1, (dims.heads, dims.head_dim))  # [hidden, heads, head_dim]
     rows: dict[str, list[Tensor]] = {"q": [], "k": [], "v": [], "o": []}
+    key_heads = mixer.q_proj.out_features // mixer.key_dim
+    shared = mixer.heads // key_heads
     for index in range(mixer.heads):
-        head = int((index + 0.5) * dims.heads / mixer.heads)
-        head_q, head_k = _fit_keys(q[head], k[head // group], mixer.key_dim, generator)
+        head = _source(index, mixer.heads, dims.heads)
+        if index % shared == 0:
+            heads = {_source(index + i, mixer.heads, dims.heads): None for i in range(shared)}
+            sources = torch.tensor(list(heads), device=q.device)
+            joined_q, joined_k = q[sources].flatten(0, 1), k[sources // group].flatten(0, 1)
+            for name, value in zip("qk", _fit_keys(joined_q, joined_k, mixer.key_dim, generator), strict=True):
+                rows[name].append(value)
         head_v, head_o = _fit_values(v[head // group], o[:, head], mixer.value_dim, start, generator)
-        for name, value in zip("qkvo", (head_q, head_k, head_v, head_o), strict=True):
-            rows[name].append(value)
+        rows["v"].append(head_v)
+        rows["o"].append(head_o)
     for name in "qkv":
         projection = getattr(mixer, f"{name}_proj")
         joined = torch.cat(rows[name])
@@ -73,9 +84,10 @@ def inherit(
     for module in mixer.modules():
         if module is not mixer and not isinstance(module, nn.Linear):
             start_module(module)
-    _start_gates(mixer, sample, start, generator)
-    if sample is not None:
-        _fit_norm(mixer, *sample)
+    mixer.start_gates(sample, start, generator)
+    norm = getattr(mixer, "o_norm", None)
+    if sample is not None and isinstance(norm, RMSNorm):
+        _fit_norm(mixer, norm, *sample)
 
 
 def start_module(module: nn.Module) -> None:
@@ -83,6 +95,11 @@ def start_module(module: nn.Module) -> None:
     reset: Any = getattr(module, "reset_parameters", None)
     if reset is not None:
         reset()
+
+
+def _source(index: int, heads: int, base_heads: int) -> int:
+    """The head of the base that head `index` of `heads` starts from."""
+    return int((index + 0.5) * base_heads / heads)
 
 
 def _head_rows(projection: nn.Linear, heads: int, biased: bool) -> Tensor:
@@ -93,19 +110,15 @@ def _head_rows(projection: nn.Linear, heads: int, biased: bool) -> Tensor:
     return torch.cat([weight, bias[:, None]], dim=1).unflatten(0, (heads, -1))
 
 
-def _normal(shape: tuple[int, ...], std: float, generator: torch.Generator, like: Tensor) -> Tensor:
-    return (torch.randn(shape, generator=generator) * std).to(like.device)
-
-
 def _fit_keys(q: Tensor, k: Tensor, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """q, k [head_dim, hidden + 1] at `size` rows."""
+    """q, k [rows of one or more heads, hidden + 1] at `size` rows."""
     own = q.shape[0]
     if size < own:
         return _leading(q, k, size)
     extra = (size - own, q.shape[1])
     return (
-        torch.cat([q, _normal(extra, EXTRA_STD, generator, q)]),
-        torch.cat([k, _normal(extra, EXTRA_STD, generator, k)]),
+        torch.cat([q, normal(extra, EXTRA_STD, generator, q)]),
+        torch.cat([k, normal(extra, EXTRA_STD, generator, k)]),
     )
 
 
@@ -120,8 +133,8 @@ def _fit_values(v: Tensor, o: Tensor, size: int, start: str, generator: torch.Ge
         v, o = torch.cat([v, -v[:extra]]), torch.cat([o, -o[:, :extra]], dim=1)
         extra = size - v.shape[0]
     return (
-        torch.cat([v, _normal((extra, v.shape[1]), EXTRA_STD, generator, v)]),
-        torch.cat([o, _normal((o.shape[0], extra), EXTRA_OUT_STD, generator, o)], dim=1),
+        torch.cat([v, normal((extra, v.shape[1]), EXTRA_STD, generator, v)]),
+        torch.cat([o, normal((o.shape[0], extra), EXTRA_OUT_STD, generator, o)], dim=1),
     )
 
 
@@ -134,50 +147,30 @@ def _leading(a: Tensor, b: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return (a_basis @ left[:, :size] * root).T, (b_basis @ right[:size].T * root).T
 
 
-def _start_gates(
-    mixer: DeltaMixer, sample: tuple[Tensor, Tensor] | None, start: str, generator: torch.Generator
-) -> None:
-    """Output gate, write strength and decay."""
-    hidden = mixer.dims.hidden
-    gate = _normal((mixer.heads, mixer.value_dim, hidden), 0.5 * hidden**-0.5, generator, mixer.g_proj.weight)
-    own = mixer.dims.head_dim
-    if start == "plus_minus":
-        mirrored = gate[:, own : 2 * own]
-        mirrored.copy_(gate[:, : mirrored.shape[1]])
-    gate = gate.flatten(0, 1)
-    for projection in (mixer.a_proj, mixer.b_proj):
-        projection.weight.copy_(_normal(tuple(projection.weight.shape), 0.1 * hidden**-0.5, generator, gate))
-    mixer.reset_parameters(0.5, 8.0, generator)
-    if sample is not None:
-        # The direction u that comes closest to u.x = 1 for every token (normed hidden states share a
-        # large mean): with it the gate starts nearly open and constant instead of random.
-        x = sample[0].flatten(0, 1).double()
-        ridge = 1e-3 * x.square().sum() / hidden * torch.eye(hidden, dtype=x.dtype, device=x.device)
-        u = torch.linalg.solve(x.T @ x + ridge, x.sum(0)).float()
-        gate = gate * 0.2 + 1.5 * u
-    mixer.g_proj.weight.copy_(gate)
+def _fit_norm(mixer: LinearMixer, norm: RMSNorm, x: Tensor, y: Tensor) -> None:
+    """o_norm's weight w by least squares: the output is linear in w, sum over channels of w_c z_c.
 
-
-def _fit_norm(mixer: DeltaMixer, x: Tensor, y: Tensor) -> None:
-    """o_norm's weight w by least squares: the output is linear in w, sum over channels of w_c z_c."""
-    mixer.o_norm.weight.fill_(1.0)
+    One weight a value channel, shared by the heads, or one a channel of each head.
+    """
+    norm.weight.fill_(1.0)
     captured: list[Tensor] = []
     handle = mixer.o_proj.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
         mixer(x.to(mixer.o_proj.weight.dtype), plain_step(x))
     finally:
         handle.remove()
-    z = captured[0].double().flatten(0, 1).unflatten(1, (mixer.heads, mixer.value_dim))
-    o = mixer.o_proj.weight.double().unflatten(1, (mixer.heads, mixer.value_dim))
+    weights = norm.weight.numel()
+    z = captured[0].double().flatten(0, 1).unflatten(1, (-1, weights))
+    o = mixer.o_proj.weight.double().unflatten(1, (-1, weights))
     # Normal equations of y[n] = sum_c w_c sum_h z[n, h, c] o[:, h, c], without the products themselves:
     # A[c, d] = sum over h, g of (z_h,c . z_g,d) (o_h,c . o_g,d).
-    size = (mixer.value_dim, mixer.heads, mixer.value_dim)
+    size = (weights, z.shape[1])
     flat_z, flat_o = z.transpose(1, 2).flatten(1), o.transpose(1, 2).flatten(1)
     products = (flat_z.T @ flat_z) * (flat_o.T @ flat_o)
-    a = products.unflatten(0, size[:2]).unflatten(2, (mixer.value_dim, mixer.heads)).sum((1, 3))
-    b = ((y.double().flatten(0, 1) @ flat_o) * flat_z).sum(0).unflatten(0, size[:2]).sum(1)
-    ridge = 1e-3 * a.diagonal().mean() * torch.eye(mixer.value_dim, dtype=a.dtype, device=a.device)
-    mixer.o_norm.weight.copy_(torch.linalg.solve(a + ridge, b).float())
+    a = products.unflatten(0, size).unflatten(2, size).sum((1, 3))
+    b = ((y.double().flatten(0, 1) @ flat_o) * flat_z).sum(0).unflatten(0, size).sum(1)
+    ridge = 1e-3 * a.diagonal().mean() * torch.eye(weights, dtype=a.dtype, device=a.device)
+    norm.weight.copy_(torch.linalg.solve(a + ridge, b).float())
 
 
 def plain_step(x: Tensor, rope: Rope | None = None) -> Step:

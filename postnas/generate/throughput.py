@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from postnas.models.outputs import CACHE, named
+
 
 @torch.inference_mode()
 def measure(
@@ -25,16 +27,16 @@ def measure(
     model(tokens[:, :chunk], use_cache=True, logits_to_keep=1)  # the first call of a shape pays for its set-up
     begin = _now(device)
     for start in range(0, context, chunk):
-        output = model(tokens[:, start : start + chunk], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(tokens[:, start : start + chunk], use_cache=True, logits_to_keep=1, **named(cache))
+        cache = output[CACHE]
     prefill = _now(device) - begin
     cache_bytes = cache_size(cache) // batch
     seconds = []
     token = output.logits[:, -1:].argmax(-1)
     for step in range(decode_tokens + 2):
         begin = _now(device)
-        output = model(token, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(token, use_cache=True, **named(cache))
+        cache = output[CACHE]
         token = output.logits[:, -1:].argmax(-1)
         if step >= 2:
             seconds.append(_now(device) - begin)

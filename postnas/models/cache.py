@@ -99,3 +99,8 @@ class HybridCache(Cache):
     @property
     def is_initialized(self) -> bool:
         return self.slots > 0
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for each layer: where all say True, `generate` takes the length for unknown and reads all ids anew."""
+        return [False] * len(self.states)

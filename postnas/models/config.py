@@ -25,7 +25,7 @@ class HybridConfig(PreTrainedConfig):
     """
 
     model_type = "postnas"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 2048

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from postnas.blocks import BLOCKS, make_block
-from postnas.blocks.delta import DeltaMixer
 from postnas.blocks.inherit import inherit
+from postnas.blocks.linear import LinearMixer
 from postnas.errors import UserError
 from postnas.models.checkpoint import load_base
 from postnas.models.config import check_placement
@@ -52,7 +52,7 @@ def convert(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed * 1_000_003 + layer)
             mixer = make_block(block, model.config.dims(), wanted.get(block))
-        if isinstance(mixer, DeltaMixer):
+        if isinstance(mixer, LinearMixer):
             inherit(mixer, attention, start=start, seed=seed + layer)
         elif block == "swa" and model.config.swa_rope_parameters is None:
             mixer.load_state_dict(attention.state_dict())

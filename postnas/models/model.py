@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from postnas.blocks import make_block
@@ -23,6 +22,7 @@ from postnas.errors import UserError
 from postnas.models.cache import HybridCache
 from postnas.models.config import HybridConfig
 from postnas.models.jet_nemotron import JetNemotronConfig
+from postnas.models.outputs import CACHE, HybridCausalOutput, HybridOutput, given_cache, named
 from postnas.ops.chunked_loss import capped
 
 SCALED_ROPE = ("linear", "llama3", "yarn")
@@ -178,26 +178,24 @@ class HybridModel(HybridPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: HybridCache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> HybridOutput:
         """Hidden states after the last norm, [B, T, hidden].
 
         input_ids: [B, T] int64, or inputs_embeds [B, T, hidden]. attention_mask: [B, T] or
         [B, cached + T], 0 at padding, on any side. position_ids: [B, T]; where they do not rise by one, or
         start at 0 on a filled cache, a packed sequence begins, which sees nothing of the one before.
+        past_key_values, cache: two names of one thing, of which one may be given; it changes in place.
         use_cache: return states. output_hidden_states: return the embeddings and what each layer gives, the
         last one after the norm. Attention weights are never returned.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise UserError("input_ids: give either input_ids or inputs_embeds, not both or none")
         h = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values
+        cache = given_cache(past_key_values, cache)
         if cache is None and (self.config.use_cache if use_cache is None else use_cache):
             cache = HybridCache(cast(HybridConfig, self.config))
-        if cache is not None and not isinstance(cache, HybridCache):
-            raise UserError(
-                f"past_key_values: {type(cache).__name__} cannot hold a hybrid's states; pass None or a HybridCache"
-            )
         step, order = self.make_step(h, attention_mask, position_ids, cache)
         if order is not None:
             h = _gather(h, order)
@@ -212,9 +210,8 @@ class HybridModel(HybridPreTrainedModel):
         seen = [*seen[:-1], h] if wanted else [h]
         if back is not None:
             seen = [_gather(state, back) for state in seen]
-        return BaseModelOutputWithPast(
-            last_hidden_state=seen[-1], past_key_values=cache, hidden_states=tuple(seen) if wanted else None
-        )
+        states = tuple(seen) if wanted else None
+        return HybridOutput(last_hidden_state=seen[-1], hidden_states=states, **named(cache))
 
     def make_step(
         self,
@@ -239,8 +236,10 @@ class HybridModel(HybridPreTrainedModel):
         seen, start = (0, 0) if cache is None else (cache.seen, cache.next_position)
         segments = None
         if position_ids is None:
-            offset = torch.as_tensor(start, device=h.device).view(-1, 1)
-            positions = offset + torch.arange(tokens, device=h.device)
+            if isinstance(start, int):  # which waits for no copy to the device
+                positions = torch.arange(start, start + tokens, device=h.device)[None]
+            else:
+                positions = start.view(-1, 1) + torch.arange(tokens, device=h.device)
         else:
             positions = position_ids.to(h.device).expand(batch, tokens)
             if order is not None:
@@ -315,8 +314,14 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         """An empty cache where none is given: `prefill_chunk_size` wants one before the first forward."""
         parent: Any = super()
         parent._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = HybridCache(cast(HybridConfig, self.config))
+        if generation_config.use_cache and model_kwargs.get(CACHE) is None:
+            model_kwargs[CACHE] = HybridCache(cast(HybridConfig, self.config))
+
+    def generate(self, *args: Any, past_key_values: Any = None, cache: Any = None, **kwargs: Any) -> Any:
+        """transformers' own `generate`; the cache to go on from may have either of its names in any version."""
+        given = given_cache(past_key_values, cache)
+        parent: Any = super()
+        return parent.generate(*args, **kwargs, **({} if given is None else named(given)))
 
     def forward(
         self,
@@ -329,8 +334,9 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
+        cache: HybridCache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> HybridCausalOutput:
         """Logits [B, T, vocab], and with labels [B, T] (-100 ignored) the mean next-token loss.
 
         logits_to_keep: the last n positions only, all where 0, or an index tensor. The rest is as in HybridModel.
@@ -339,7 +345,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -351,9 +357,7 @@ class HybridForCausalLM(HybridPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
-        )
+        return HybridCausalOutput(loss=loss, logits=logits, hidden_states=output.hidden_states, **named(output.cache))
 
 
 class JetNemotronModel(HybridModel):

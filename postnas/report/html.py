@@ -14,8 +14,10 @@ from postnas.report.measures import KEPT_HEAD, Kept, grouped
 from postnas.report.results import (
     WON_HEAD,
     Results,
+    alone,
     base_name,
     byte_text,
+    chosen,
     headline,
     linear_layers,
     rate,
@@ -93,7 +95,7 @@ def _counted(rows: list[Kept]) -> dict[str, int]:
 
 def _plots(results: Results) -> dict[str, str]:
     """The SVG of every plot whose stages have run."""
-    from postnas.report import plots, quality
+    from postnas.report import placements, plots, quality
 
     kept, won = results.kept, results.won
     found: dict[str, str] = {}
@@ -107,6 +109,14 @@ def _plots(results: Results) -> dict[str, str]:
         found["sensitivity"] = plots.sensitivity(results.scores, results.placement)
     if results.placement and results.placement.get("table"):
         found["budgets"] = plots.budget_table(results.placement)
+    if results.placement and (choices := chosen(results.placement)):
+        found["choices"] = placements.choices(choices, "budget, layers")
+    if results.placement:
+        single = alone(results.scored, results.placement)
+        # The single swaps of scores.json are in the plot above already.
+        one_linear = {} if results.scores and results.scores.get("swap") else single.one_linear
+        if one_linear or single.one_full:
+            found["alone"] = placements.alone(one_linear, single.one_full)
     if results.metrics:
         found["losses"] = plots.losses(results.metrics)
     if plots.final_errors(results.metrics):

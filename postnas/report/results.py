@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import yaml
 from postnas.errors import UserError
 from postnas.files import read_json, read_jsonl
 from postnas.report.measures import Kept, kept_rows, percent, times
+from postnas.search.strategies import with_linear
 
 ATTENTION = ("attn", "swa")
 """Mixers that are not linear: full and windowed attention."""
@@ -75,6 +78,7 @@ class Results:
     recipe: dict[str, Any]
     stages: dict[str, dict[str, Any]]
     metrics: list[dict[str, Any]]
+    scored: list[dict[str, Any]]
     scores: dict[str, Any] | None
     placement: dict[str, Any] | None
     eval_: dict[str, Any] | None
@@ -121,6 +125,7 @@ def read_results(run: Path) -> Results:
         recipe=recipe,
         stages=_optional(run, "stages.json") or {},
         metrics=read_jsonl(run / "metrics.jsonl"),
+        scored=read_jsonl(run / "scored.jsonl"),
         scores=_optional(run, "scores.json"),
         placement=_optional(run, "placement.json"),
         eval_=_optional(run, "eval.json"),
@@ -140,6 +145,62 @@ def _optional(run: Path, name: str) -> dict[str, Any] | None:
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{path}: is no JSON object; remove it, and run its stage again")
     return value
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What each layer does alone, before distillation; a map is empty where not every layer was scored for it."""
+
+    one_linear: dict[str, list[float]]
+    """{objective: one value a layer}: the loss that is added where this layer alone is linear, nats a token."""
+    one_full: dict[str, list[float]]
+    """The same: the loss where this layer alone has the base's attention, and all others are linear."""
+
+
+def alone(scored: list[dict[str, Any]], placement: dict[str, Any]) -> Alone:
+    """From scored.jsonl, where placement.json's own placement stands with its own scores.
+
+    Other records are of other candidates or rows; they are left out.
+    """
+    by_key: dict[str, dict[tuple[str, ...], dict[str, float]]] = {}
+    for record in scored:
+        means = {name: statistics.fmean(losses) for name, losses in record.get("rows", {}).items()}
+        by_key.setdefault(record.get("key", ""), {}).setdefault(tuple(record["placement"]), {}).update(means)
+    for known in by_key.values():
+        own = known.get(tuple(placement["placement"]), {})
+        if own and all(placement["scores"].get(name, value) == value for name, value in own.items()):
+            return _alone(known, placement["block"])
+    return Alone({}, {})
+
+
+def _alone(known: dict[tuple[str, ...], dict[str, float]], block: str) -> Alone:
+    base = next((list(one) for one in known if not linear_layers(list(one))), None)
+    if base is None:
+        return Alone({}, {})
+    layers = set(range(len(base)))
+
+    def values(linear: Callable[[int], set[int]]) -> dict[str, list[float]]:
+        """{objective: one value a layer}, of the objectives that each of these placements has."""
+        found = [known.get(tuple(with_linear(base, block, linear(layer))), {}) for layer in sorted(layers)]
+        return {name: [one[name] for one in found] for name in found[0] if all(name in one for one in found)}
+
+    before = known[tuple(base)]
+    added = values(lambda layer: {layer})
+    return Alone(
+        {name: [loss - before[name] for loss in losses] for name, losses in added.items() if name in before},
+        values(lambda layer: layers - {layer}),
+    )
+
+
+def chosen(placement: dict[str, Any]) -> dict[str, list[str]]:
+    """What placement.json's table chose at budgets that double, and at its own: {budget: one mixer a layer}.
+
+    Empty where there are not two that differ, so that there is nothing to compare.
+    """
+    budgets = {2**power for power in range(10)} | {placement["budget"]}
+    table = sorted(placement.get("table", []), key=lambda row: row["budget"])
+    found = {str(row["budget"]): row["placement"] for row in table if row["budget"] in budgets}
+    return found if len({tuple(mixers) for mixers in found.values()}) > 1 else {}
 
 
 def won_rows(bench: dict[str, Any]) -> list[Won]:

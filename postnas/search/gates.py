@@ -10,18 +10,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from postnas.blocks.step import Step
 from postnas.errors import UserError
+from postnas.files import read_json, recover, replacing, write_json
+from postnas.models.checkpoint import read_tensors
 from postnas.models.supernet import Supernet
 from postnas.ops.chunked_loss import CHUNK, CHUNK_CUDA, capped, chunked_kl
 from postnas.search.strategies import Placement, Score, descend, exchanges, reblocked
+from postnas.train import parallel
 from postnas.train.loop import autocast
 from postnas.train.optimizer import learning_rate, make_optimizer
 
@@ -137,6 +142,31 @@ def gates(
         loss = made.advance(relaxed)
         after(made, loss)
     return made
+
+
+def keep(folder: Path, key: str, made: Gates) -> None:
+    """Write the state of the gates; `folder` holds the old or the new, whole.
+
+    key: says what they are trained on and how; `kept` gives nothing for another.
+    """
+    state = made.state_dict()
+    step = state.pop("step")
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        save_file(state, temporary / "gates.safetensors")
+        write_json(temporary / "state.json", {"key": key, "step": step})
+
+
+def kept(folder: Path, key: str) -> dict[str, Any] | None:
+    """What `Gates.state_dict` gave when `folder` was written; None where there is none of this key."""
+    if parallel.rank() == 0:
+        recover(folder)
+    parallel.barrier()
+    stored = read_json(folder / "state.json") if (folder / "state.json").exists() else {}
+    fits = stored.get("key") == key
+    state = {"step": stored["step"]} | read_tensors(folder / "gates.safetensors") if fits else None
+    parallel.barrier()  # nobody writes before everybody has read
+    return state
 
 
 def solve(score: Score, probabilities: Tensor, attention: Placement, blocks: Sequence[str], budget: int) -> Placement:

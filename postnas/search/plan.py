@@ -119,7 +119,7 @@ def count(name: str, text: str, units: dict[str, int]) -> int:
 
 
 def _hybrid(base: Decoder, block: str, kept: int) -> Decoder:
-    return Decoder(base.config, uniform(lambda placement: 0.0, base.placement, block, kept, 0))
+    return Decoder(base.config, uniform(lambda placements: [0.0] * len(placements), base.placement, block, kept, 0))
 
 
 def _named(stages: dict[int, Stage]) -> list[tuple[str, Stage]]:

@@ -1,13 +1,15 @@
 """What a placement is worth: nats lost against the base on each objective.
 
-Scores are kept in a file as they are made. A killed search goes on, and another budget, weight or
-strategy solves from what is there.
+Scores are kept in a file as they are made, by objective. A killed search goes on, another budget, weight or
+strategy solves from what is there, and of a new objective only that one is measured.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,74 +20,158 @@ from postnas.blocks.step import Step
 from postnas.errors import UserError
 from postnas.files import append_jsonl, read_jsonl, write_jsonl
 from postnas.models.supernet import Placement, Supernet
+from postnas.ops.cuda_graph import Replayed, Shared
 from postnas.search.objectives import Objective, batches, measure
 from postnas.search.strategies import with_linear
+from postnas.train import parallel
 from postnas.train.loop import autocast
 
 BATCH = 16_384
 """Tokens that are scored at a time."""
+TOGETHER = 4
+"""Placements that each of several ranks measures before all tell the others; a kill loses no more."""
+NOTHING = -0.0
+"""A sum with it is every number as it was, a zero's sign too."""
 
+Names = tuple[str, ...]
+"""A placement as a key."""
 Values = dict[str, float]
 Rows = dict[str, list[float]]
 Part = tuple[str, int]
 """An objective's name, and the number of a part of its rows."""
 
 
-class Scorer:
-    """Scores placements of one supernet on fixed rows: each objective's mean over its rows, in nats a token.
+class Scored:
+    """Scores that a file holds, of fixed rows: each objective's mean over its rows, in nats a token.
+
+    By itself it measures nothing, so it needs no model.
+    """
+
+    def __init__(self, names: Iterable[str], path: Path, key: str) -> None:
+        """names: the objectives that are asked. key: says what the candidates and rows are made from; lines of
+        `path` with another key are kept and not used. Of one placement there may be several lines, each with the
+        objectives that were measured together."""
+        self.names, self.path, self.key = sorted(names), path, key
+        self.known: dict[Names, Rows] = {}
+        for record in read_jsonl(path):
+            if record["key"] == key:
+                self.known.setdefault(tuple(record["placement"]), {}).update(record.get("rows", {}))
+
+    def __call__(self, placement: Placement) -> Values:
+        """The values of one placement, as `several` gives them."""
+        return self.several([placement])[0]
+
+    def several(
+        self, placements: Sequence[Placement], after: Callable[[int], None] = lambda count: None
+    ) -> list[Values]:
+        """The values of placements, in their order; what is not known is measured.
+
+        after(count): told of so many of them as soon as they are known. Raises UserError where nothing can be
+        measured, and for losses that are not finite.
+        """
+        missing = sorted({tuple(placement) for placement in placements if self.lacking(tuple(placement))})
+        after(len(placements) - len(missing))
+        if missing:
+            self._measure(missing, after)
+        return [{name: statistics.fmean(losses) for name, losses in self._known(one).items()} for one in placements]
+
+    def rows(self, placement: Placement) -> Rows:
+        """The loss of every row by objective, so that two placements can be compared row by row."""
+        self.several([placement])
+        return self._known(placement)
+
+    def lacking(self, placement: Names) -> list[str]:
+        """The objectives that are asked and not known of a placement."""
+        known = self.known.get(placement, {})
+        return [name for name in self.names if name not in known]
+
+    def _known(self, placement: Placement) -> Rows:
+        rows = self.known[tuple(placement)]
+        return {name: rows[name] for name in self.names}
+
+    def _measure(self, missing: list[Names], after: Callable[[int], None]) -> None:
+        """Make `missing` known; they are sorted, so that those which share early layers follow one another."""
+        names = ", ".join(sorted({name for placement in missing for name in self.lacking(placement)}))
+        count = f"{len(missing)} placement{'s are' if len(missing) > 1 else ' is'}"
+        raise UserError(f"solve: {count} not scored yet on {names}; leave --solve out to score what is missing")
+
+
+class Scorer(Scored):
+    """Scores that are measured where the file does not hold them, by one supernet on fixed rows.
 
     The hidden states before every layer are kept of two placements, the base and the one scored
-    last, so a placement costs only the layers after those that it shares with one of them.
+    last, so a placement costs only the layers after those that it shares with one of them. On several
+    ranks each measures a piece of what is asked together, all know all, and rank 0 writes.
     """
 
     def __init__(
         self, supernet: Supernet, objectives: dict[str, Objective], path: Path, compute: torch.dtype, key: str
     ) -> None:
-        """objectives: as `objectives.make` gives them. key: says what the candidates and rows are made from;
-        scores in `path` of another key are kept and not used."""
-        self.supernet, self.path, self.compute, self.key = supernet, path, compute, key
-        self.objectives, device = objectives, supernet.head.device
+        """objectives: as `objectives.make` gives them. path, key: as in Scored."""
+        super().__init__(objectives, path, key)
+        if parallel.rank() == 0 and path.exists():
+            write_jsonl(path, read_jsonl(path))  # drops a line that a killed run left unfinished
+        parallel.barrier()  # nobody adds a line before everybody has read
+        self.supernet, self.compute, self.objectives = supernet, compute, objectives
+        device = supernet.head.device
         self.parts = {name: [part.to(device) for part in batches(one, BATCH)] for name, one in objectives.items()}
-        self.known: dict[tuple[str, ...], Rows] = {}
-        records = read_jsonl(path)
-        if path.exists():
-            write_jsonl(path, records)  # drops a line that a killed run left unfinished
-        for record in records:
-            if record["key"] == key and record.get("rows", {}).keys() == objectives.keys():
-                self.known[tuple(record["placement"])] = record["rows"]
         self.trunk: dict[Part, list[Tensor]] = {}
+        self.steps: dict[Part, Step] = {}
+        self.layers: dict[tuple[Part, int, str], Replayed] = {}
+        self.memory: dict[Part, Shared] = {}
         self.last: dict[Part, tuple[Placement, list[Tensor]]] = {}
 
-    def __call__(self, placement: Placement) -> Values:
-        """The values of a placement, from the file where they are there already."""
-        return {name: statistics.fmean(losses) for name, losses in self.rows(placement).items()}
+    def _measure(self, missing: list[Names], after: Callable[[int], None]) -> None:
+        ranks = parallel.world()
+        bounds = [rank * len(missing) // ranks for rank in range(ranks + 1)]
+        pieces = [missing[begin:end] for begin, end in pairwise(bounds)]
+        together = TOGETHER if ranks > 1 else 1
+        for begin in range(0, max(map(len, pieces)), together):
+            turn = [piece[begin : begin + together] for piece in pieces]
+            self._take_turn(turn)
+            after(sum(map(len, turn)))
 
-    def rows(self, placement: Placement) -> Rows:
-        """The loss of every row, in the objectives' order, so that two placements can be compared row by row."""
-        known = tuple(placement)
-        if known not in self.known:
-            rows = {name: self._measure(name, placement) for name in sorted(self.parts)}
-            if not all(math.isfinite(loss) for losses in rows.values() for loss in losses):
-                means = {name: statistics.fmean(losses) for name, losses in rows.items()}
+    def _take_turn(self, turn: list[list[Names]]) -> None:
+        """Each rank measures the placements of its part of `turn`; then all know all of them."""
+        wanted = [
+            (rank, placement, name)
+            for rank, placements in enumerate(turn)
+            for placement in placements
+            for name in self.lacking(placement)
+        ]
+        sizes = [len(self.objectives[name].ids) for _, _, name in wanted]
+        losses = torch.full((sum(sizes),), NOTHING, dtype=torch.float64)
+        for own, (rank, placement, name) in zip(losses.split(sizes), wanted):
+            if rank == parallel.rank():
+                own.copy_(self._losses(name, list(placement)))
+        made: dict[Names, Rows] = {}
+        for own, (_, placement, name) in zip(shared(losses, self.supernet).split(sizes), wanted):
+            made.setdefault(placement, {})[name] = own.tolist()
+        for placement, rows in made.items():
+            if not all(math.isfinite(loss) for row in rows.values() for loss in row):
+                means = {name: statistics.fmean(row) for name, row in rows.items()}
                 raise UserError(f"place: a placement scores {means}; the candidates are unsound, lower align.lr")
-            self.known[known] = rows
-            append_jsonl(self.path, {"key": self.key, "placement": placement, "rows": rows})
-        return self.known[known]
+            self.known.setdefault(placement, {}).update(rows)
+            if parallel.rank() == 0:
+                append_jsonl(self.path, {"key": self.key, "placement": list(placement), "rows": rows})
 
     @torch.no_grad()
-    def _measure(self, name: str, placement: Placement) -> list[float]:
+    def _losses(self, name: str, placement: Placement) -> Tensor:
+        """The loss of each of an objective's rows, [N] float64 on the CPU."""
         net, losses = self.supernet, []
         for number, part in enumerate(self.parts[name]):
             at = (name, number)
             # Padding stands on the right, where no real token of a causal model sees it.
             with autocast(part.tokens.device, self.compute):
-                h, step = net.embed(part.tokens)
                 if at not in self.trunk:
-                    self.trunk[at] = self._run([h], step, net.attention)
-                hidden = net.norm(self._run(self._shared(at, placement), step, placement)[-1])
+                    h, self.steps[at] = net.embed(part.tokens)
+                    if h.is_cuda:
+                        self.memory[at] = Shared(h)
+                    self.trunk[at] = self._run(at, [h], net.attention)
+                hidden = net.norm(self._run(at, self._shared(at, placement), placement)[-1])
                 teacher = net.norm(self.trunk[at][-1]) if part.kind == "kl" else None
-                losses += measure(hidden, part, net.head, net.softcap, teacher).tolist()
-        return losses
+                losses.append(measure(hidden, part, net.head, net.softcap, teacher).cpu())
+        return torch.cat(losses)
 
     def _shared(self, at: Part, placement: Placement) -> list[Tensor]:
         """Hidden states [count, T, hidden] before the layers up to the first that is new to this placement.
@@ -101,11 +187,28 @@ class Scorer:
         self.last[at] = (list(placement), shared)
         return shared
 
-    def _run(self, states: list[Tensor], step: Step, placement: Placement) -> list[Tensor]:
+    def _run(self, at: Part, states: list[Tensor], placement: Placement) -> list[Tensor]:
         """The states that are there, and those after each of the remaining layers, in the same list."""
         for layer in range(len(states) - 1, self.supernet.layers):
-            states.append(self.supernet.run(states[-1], step, placement, start=layer, stop=layer + 1))
+            states.append(self._layer(at, layer, placement[layer])(states[-1]))
         return states
+
+    def _layer(self, at: Part, layer: int, name: str) -> Replayed:
+        """One layer with one mixer on one part, which is run for every placement that has it: on a GPU a graph."""
+        if (at, layer, name) not in self.layers:
+            step = self.steps[at]
+            row = ["" if index != layer else name for index in range(self.supernet.layers)]
+
+            def work(h: Tensor) -> Tensor:
+                return self.supernet.run(h, step, row, start=layer, stop=layer + 1)
+
+            self.layers[at, layer, name] = Replayed(work, warm_up=1, shared=self.memory.get(at))
+        return self.layers[at, layer, name]
+
+
+def shared(values: Tensor, supernet: Supernet) -> Tensor:
+    """float64 `values` on the CPU, of which each rank has put in its own and NOTHING elsewhere, whole on all ranks."""
+    return parallel.total(values.to(supernet.head.device)).cpu()
 
 
 def combine(values: Values, base: Values, weights: dict[str, float]) -> float:
@@ -113,11 +216,10 @@ def combine(values: Values, base: Values, weights: dict[str, float]) -> float:
     return sum(weight * (values[name] - base[name]) for name, weight in weights.items() if weight > 0)
 
 
-def swaps(scorer: Scorer, attention: Placement, block: str, weights: dict[str, float]) -> list[dict[str, Any]]:
+def swaps(scorer: Scored, attention: Placement, block: str, weights: dict[str, float]) -> list[dict[str, Any]]:
     """For each layer, the values with that one layer on its candidate and all others on attention."""
-    base = scorer(attention)
-    found = []
-    for layer in range(len(attention)):
-        values = scorer(with_linear(attention, block, {layer}))
-        found.append({"layer": layer, "block": block, **values, "score": combine(values, base, weights)})
-    return found
+    base, *swapped = scorer.several([attention, *(with_linear(attention, block, {i}) for i in range(len(attention)))])
+    return [
+        {"layer": layer, "block": block, **values, "score": combine(values, base, weights)}
+        for layer, values in enumerate(swapped)
+    ]

@@ -1,7 +1,8 @@
 """Which layers keep attention, by several strategies; each is one function of a score and a budget.
 
-A strategy gets score(placement) -> float (lower is better), the all-attention placement, the linear
-block, the budget (layers that keep attention) and a seed. It knows nothing of models.
+A strategy gets score(placements) -> their scores (lower is better), the all-attention placement, the linear
+block, the budget (layers that keep attention) and a seed. It knows nothing of models. What can be scored together
+it asks for together, so that several processes can share the work.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import random as random_module
 from collections.abc import Callable, Iterable, Sequence
 
 Placement = list[str]
-Score = Callable[[Placement], float]
+Score = Callable[[list[Placement]], list[float]]
+"""score(placements) -> the score of each, in their order."""
 Strategy = Callable[[Score, Placement, str, int, int], Placement]
 
 WIDTH = 8
@@ -25,8 +27,8 @@ def with_linear(attention: Placement, block: str, linear: set[int]) -> Placement
 
 def order_by_swap(score: Score, attention: Placement, block: str) -> list[int]:
     """Layers from the least to the most sensitive: each alone on its candidate, all others on attention."""
-    scores = {layer: score(with_linear(attention, block, {layer})) for layer in range(len(attention))}
-    return sorted(scores, key=lambda layer: (scores[layer], layer))
+    scores = score([with_linear(attention, block, {layer}) for layer in range(len(attention))])
+    return sorted(range(len(attention)), key=lambda layer: (scores[layer], layer))
 
 
 def swap(score: Score, attention: Placement, block: str, budget: int, seed: int) -> Placement:
@@ -40,7 +42,8 @@ def greedy(score: Score, attention: Placement, block: str, budget: int, seed: in
     linear: set[int] = set()
     while len(linear) < len(attention) - budget:
         rest = [layer for layer in range(len(attention)) if layer not in linear]
-        linear.add(min(rest, key=lambda layer: (score(with_linear(attention, block, linear | {layer})), layer)))
+        scores = score([with_linear(attention, block, linear | {layer}) for layer in rest])
+        linear.add(min(zip(scores, rest))[1])
     return with_linear(attention, block, linear)
 
 
@@ -107,7 +110,7 @@ def beam_over(score: Score, start: Placement, choices: list[list[str]], changes:
 
 def descend(score: Score, placement: Placement, near: Callable[[Placement], Iterable[Placement]]) -> Placement:
     """Go from a placement to the best of those near it, while that lowers the score."""
-    best = score(placement)
+    [best] = score([placement])
     while ranked := _ranked(score, near(placement)):
         value, found = ranked[0]
         if not value < best:
@@ -139,13 +142,9 @@ def changed(placement: Placement, names: dict[int, str]) -> Placement:
 
 
 def _ranked(score: Score, placements: Iterable[Placement]) -> list[tuple[float, Placement]]:
-    """Each placement once with its score, the best first; equal scores in the order of their names.
-
-    They are scored in the order of their names, so that those which share early layers follow one another:
-    a scorer need not run such layers again.
-    """
-    names = sorted({tuple(placement) for placement in placements})
-    return sorted((score(list(placement)), list(placement)) for placement in names)
+    """Each placement once with its score, the best first; equal scores in the order of their names."""
+    once = [list(names) for names in sorted({tuple(placement) for placement in placements})]
+    return sorted(zip(score(once), once)) if once else []
 
 
 STRATEGIES: dict[str, Strategy] = {

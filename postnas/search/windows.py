@@ -1,7 +1,7 @@
 """The second pass: with full attention where it is, which linear layers become sliding-window attention.
 
 The paper finds that the layers that carry retrieval and those that carry knowledge differ. So full attention is
-placed by one objective and the windows by another; the function here knows no more than score(placement).
+placed by one objective and the windows by another; the function here knows no more than score(placements).
 """
 
 from __future__ import annotations
@@ -30,16 +30,13 @@ def windows(score: Score, placement: Placement, count: int) -> tuple[Placement, 
         raise UserError(f"windows: {count} is not possible with {len(linear)} linear layers; give 0 to {len(linear)}")
     chosen: Placement = list(placement)
     found: list[dict[str, Any]] = []
-    before = score(chosen) if count else 0.0
+    before = score([chosen])[0] if count else 0.0
     for _ in range(count):
-        # From the last layer to the first: each placement then shares all layers below its own with the one before,
-        # which a scorer computes once.
-        scores = {layer: score(_turned(chosen, layer)) for layer in reversed(linear)}
-        best = min(linear, key=lambda layer: (scores[layer], layer))
+        value, best = min(zip(score([_turned(chosen, layer) for layer in linear]), linear))
         linear.remove(best)
         chosen = _turned(chosen, best)
-        found.append({"layer": best, "score": scores[best], "gain": before - scores[best]})
-        before = scores[best]
+        found.append({"layer": best, "score": value, "gain": before - value})
+        before = value
     return chosen, found
 
 

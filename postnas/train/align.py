@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from postnas.blocks import make_block
 from postnas.blocks.inherit import inherit, relative_error
@@ -25,6 +25,7 @@ from postnas.files import replacing
 from postnas.models.checkpoint import read_tensors
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Supernet
+from postnas.ops.cuda_graph import Replayed
 from postnas.recipe import Align
 from postnas.train import parallel
 from postnas.train.loop import Plan, autocast, fit
@@ -133,18 +134,24 @@ def align_candidates(
         for layer, mixer in mixers.items()
     ]
 
-    def backward(number: int) -> dict[str, Any]:
-        batch = tokens.batch(number, align.batch, align.length, seed, borders)
+    def work(ids: Tensor, positions: Tensor | None = None) -> Tensor:
         losses = torch.zeros(len(candidates), supernet.layers, device=device)
         with torch.no_grad(), autocast(device, compute):
-            positions = None if batch.positions is None else batch.positions.to(device)
-            h, step = supernet.embed(batch.tokens.to(device), positions)
+            h, step = supernet.embed(ids, positions)
             for layer, x, y in supernet.walk(h, step):
                 for row, mixers in enumerate(candidates.values() if layer in layers else ()):
                     with torch.enable_grad():
                         loss = relative_error(mixers[layer](x, step)[0], y)
                     loss.backward()
                     losses[row, layer] = loss.detach()
+        return losses
+
+    replayed = Replayed(work, [p for group in groups for p in group.values()])
+
+    def backward(number: int) -> dict[str, Any]:
+        batch = tokens.batch(number, align.batch, align.length, seed, borders)
+        ids = batch.tokens.to(device)
+        losses = replayed(ids) if batch.positions is None else work(ids, batch.positions.to(device))
         named = dict(zip(candidates, parallel.total(losses).tolist(), strict=True))
         return {"loss": float(losses.mean()), "losses": named}
 

@@ -25,9 +25,9 @@ def save(
     steps: dict[str, float] = {}
     for name, parameter in parameters.items():
         state = optimizer.state.get(parameter, {})
-        for key in ("exp_avg", "exp_avg_sq"):
-            if key in state:
-                moments[f"{name}:{key}"] = state[key]
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in state:
+                moments[f"{name}:{moment}"] = state[moment]
         if "step" in state:
             steps[name] = float(state["step"])
     random = {"cpu": _hex(torch.get_rng_state())}

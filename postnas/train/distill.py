@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from postnas.data import Tokens
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Placement, Supernet
 from postnas.ops.chunked_loss import chunked_kl
+from postnas.ops.cuda_graph import Replayed
 from postnas.recipe import Train
 from postnas.train import parallel
 from postnas.train.loop import Plan, autocast, fit
@@ -49,18 +51,24 @@ def train_mixers(
         return
     first = supernet.first_change(placement)
 
-    def backward(number: int) -> dict[str, Any]:
-        batch = tokens.batch(number, train.batch, train.length, seed + 17, borders, parallel.rank(), parallel.world())
-        positions = None if batch.positions is None else batch.positions.to(device)
+    def work(ids: Tensor, positions: Tensor | None = None) -> Tensor:
         with autocast(device, compute):
             with torch.no_grad():
-                h, step = supernet.embed(batch.tokens.to(device), positions)
+                h, step = supernet.embed(ids, positions)
                 h = supernet.run(h, step, supernet.attention, stop=first)
                 teacher = supernet.norm(supernet.run(h, step, supernet.attention, start=first))
             student = supernet.norm(supernet.run(h, step, placement, start=first))
             head, hidden = supernet.head, student.flatten(0, 1)
             loss = chunked_kl(hidden, head, teacher.flatten(0, 1), head, supernet.softcap)
         loss.backward()
+        return loss.detach()
+
+    replayed = Replayed(work, parameters.values())
+
+    def backward(number: int) -> dict[str, Any]:
+        batch = tokens.batch(number, train.batch, train.length, seed + 17, borders, parallel.rank(), parallel.world())
+        ids = batch.tokens.to(device)
+        loss = replayed(ids) if batch.positions is None else work(ids, batch.positions.to(device))
         return {"loss": loss.item()}
 
     fit(_plan("train", train, key), [parameters], backward, run)

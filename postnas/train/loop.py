@@ -136,5 +136,9 @@ def _forget(metrics: Path, stage: str, step: int) -> None:
 
 
 def autocast(device: torch.device, compute: torch.dtype) -> torch.autocast:
-    """Matrix products in `compute`; float32 leaves everything as it is."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=compute == torch.bfloat16)
+    """Matrix products in `compute`; float32 leaves everything as it is.
+
+    Cast weights are not kept: each is used once a pass, and a CUDA graph must not read one that was cast outside it.
+    """
+    low = compute == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)

@@ -1,0 +1,385 @@
+"""Every search strategy on equal terms: placements of SmolLM2-135M, each distilled on the same tokens and evaluated.
+
+    python benchmarks/placement_h100.py align search distil [--seed 0] [--seconds 550]
+    python benchmarks/placement_table.py
+
+Works through the steps that are named, in this order, and stops in time; what is done is kept in runs/placement (or
+$KEPT), and the same command goes on. `align` makes three sets of candidates: aligned ones, and copies that then learnt
+inside random paths by feature distillation (the paper's, `feature`) or by KL (`kl`, the remedy). `search` runs the
+strategies on each set, and scores every layer alone for the heat maps. `distil` trains each placement found from the
+aligned candidates, on the same tokens in the same order, and keeps what the hybrid gives to every row; placements
+beyond those of the strategies fill up what the rank correlation needs. The table writes
+benchmarks/results/placement-h100.json (or $OUT).
+--recipe: another one, to try every line at a tiny size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import os
+import random
+import shutil
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from postnas.__main__ import read_recipe
+from postnas.evaluate import suite
+from postnas.evaluate.perplexity import perplexity
+from postnas.evaluate.recall import copy
+from postnas.evaluate.task import load_task
+from postnas.files import read_json, write_json
+from postnas.models.supernet import Placement, Supernet
+from postnas.pipeline import STAGE_FUNCTIONS, Run
+from postnas.recipe import Paths, Place
+from postnas.search import objectives, placement
+from postnas.search.scores import Scorer
+from postnas.search.strategies import STRATEGIES, with_linear
+from postnas.search.strategies import random as drawn
+from postnas.search.windows import window_candidates, windows
+from postnas.train.distill import train_mixers
+
+RECIPE = "recipes/smollm2-135m.yaml"
+KEPT = Path(os.environ.get("KEPT", "runs/placement"))
+SETS = ("aligned", "feature", "kl")
+"""Sets of candidates."""
+PATHS = Paths(tokens=1_000_000, length=1024, batch=8, lr=5e-4, budgets=[1, 2, 4, 8], checkpoint_every=10_000)
+BUDGETS = (1, 2, 4, 8)
+MAIN = 4
+"""The budget whose placements are distilled with every seed."""
+SEARCHED = ("swap", "greedy", "beam", "gates")
+EVERY_BUDGET = [("aligned", strategy) for strategy in SEARCHED] + [("feature", "beam")]
+"""Sets and strategies that are asked for all budgets; the others are compared at MAIN alone."""
+RANKED = 24
+"""Placements of budget 4 that the rank correlation is taken over, at least."""
+RANDOM = 3
+HEAT = ("kl", "copy", "needle", "key_value", "phone_book", "squad", "arc", "mmlu", "gsm8k")
+MEASURED = ("kl", "copy", "needle", "key_value")
+"""Objectives that distilled hybrids are measured on, on rows that no search has seen."""
+OWN_SEED = 7_919
+"""Added to the seed of the rows that are evaluated, so that they are not the search's."""
+
+
+class Bench:
+    """One seed's work: sets of candidates, searches, distilled placements."""
+
+    def __init__(
+        self, seed: int, seconds: float, recipe: str, sets: Sequence[str] = SETS, budgets: Sequence[int] = BUDGETS
+    ) -> None:
+        self.sets, self.budgets = sets, budgets
+        self.seed, self.until = seed, time.monotonic() + seconds
+        self.folder = KEPT / f"seed-{seed}"
+        self.recipe = read_recipe("run", [recipe, "--seed", str(seed)])
+        self.paths = self.recipe.paths if self.recipe.paths.tokens else PATHS
+        self.supernets: dict[str, Supernet] = {}
+        self.scorer: Scorer | None = None
+
+    def run(self, kind: str) -> Run:
+        """The run that a set of candidates is made in; all share base, tokenizer and text."""
+        paths = Paths() if kind == "aligned" else dataclasses.replace(self.paths, loss=kind)
+        state = Run(dataclasses.replace(self.recipe, paths=paths, out=str(self.folder / kind)))
+        if kind != "aligned":
+            state.base, state.tokenizer, state.tokens = self.first.base, self.first.tokenizer, self.first.tokens  # type: ignore[misc]
+            state.keys = self.first.keys  # type: ignore[misc]
+        return state
+
+    @cached_property
+    def first(self) -> Run:
+        state = self.run("aligned")
+        torch.set_num_threads(state.recipe.threads if state.device.type == "cpu" else 8)
+        return state
+
+    def over(self) -> bool:
+        """Is the time up?"""
+        return time.monotonic() > self.until
+
+    # ---- align
+
+    def align(self) -> None:
+        for kind in self.sets:
+            done = self.folder / kind / "aligned.json"
+            if done.exists():
+                continue
+            if self.over():
+                return
+            state = self.first if kind == "aligned" else self.run(kind)
+            if kind != "aligned" and not (state.folder / "candidates").exists():
+                shutil.copytree(self.first.folder / "candidates", state.folder / "candidates", copy_function=os.link)
+            if kind == "aligned":
+                self._warm(state)
+            begin = time.monotonic()
+            STAGE_FUNCTIONS["align"](state)
+            recipe = state.recipe
+            tokens = recipe.align.tokens if kind == "aligned" else recipe.paths.tokens
+            write_json(done, {"seconds": time.monotonic() - begin, "tokens": tokens, "set": kind, "seed": self.seed})
+            shutil.rmtree(state.folder / "checkpoints", ignore_errors=True)
+            print(f"{kind}: {tokens:,} tokens, {time.monotonic() - begin:.1f} s", flush=True)
+
+    def _warm(self, state: Run) -> None:
+        """Two steps of each kind of training that are thrown away: kernels are compiled and tuned here."""
+        begin, recipe = time.monotonic(), state.recipe
+        short = dataclasses.replace(recipe.align, tokens=2 * recipe.align.batch * recipe.align.length)
+        scratch = Run(dataclasses.replace(recipe, align=short, out=str(self.folder / "warm")))
+        scratch.base, scratch.tokenizer, scratch.tokens = state.base, state.tokenizer, state.tokens  # type: ignore[misc]
+        STAGE_FUNCTIONS["align"](scratch)
+        net = scratch.aligned()
+        few = dataclasses.replace(recipe.train, tokens=2 * recipe.train.batch * recipe.train.length)
+        everywhere = with_linear(net.attention, recipe.place.block, set(range(net.layers)))
+        train_mixers(net, everywhere, few, state.tokens[0], scratch.folder, 0, state.compute, "warm")
+        shutil.rmtree(scratch.folder)
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+        stamp = {"device": device, "torch": torch.__version__}
+        write_json(self.folder / "warm.json", {"seconds": time.monotonic() - begin} | stamp)
+        print(f"warm-up: {time.monotonic() - begin:.1f} s", flush=True)
+
+    def supernet(self, kind: str) -> Supernet:
+        if kind not in self.supernets:
+            self.supernets[kind] = self.first.supernet if kind == "aligned" else self.run(kind).supernet
+        return self.supernets[kind]
+
+    # ---- search
+
+    def search(self) -> None:
+        settings = self.first.recipe.place
+        heldout, tokenizer = self.first.tokens[1].half(1), self.first.tokenizer
+        rows = objectives.make(settings.objectives, heldout, tokenizer, settings.tokens, self.seed)
+        for kind in self.sets:
+            for strategy in SEARCHED:
+                for budget in self.budgets if (kind, strategy) in EVERY_BUDGET else (MAIN,):
+                    if self.over():
+                        return
+                    self._search(kind, strategy, budget, settings, rows)
+        heat = objectives.make(HEAT, heldout, tokenizer, settings.tokens, self.seed)
+        for kind in self.sets:
+            if self.over():
+                return
+            self._heat(kind, heat)
+        if not self.over():
+            self._windows("aligned", settings, heldout, tokenizer)
+
+    def _scorer(self, kind: str, rows: dict[str, Any], file: str) -> Scorer:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"scored-{kind}-{file}.jsonl"
+        if self.scorer is None or self.scorer.path != path:  # which has its layers as graphs
+            self.scorer = None
+            self.scorer = Scorer(self.supernet(kind), rows, path, self.first.compute, f"{self.seed}")
+        return self.scorer
+
+    def _search(self, kind: str, strategy: str, budget: int, settings: Place, rows: dict[str, Any]) -> None:
+        done = self.folder / f"search-{kind}-{strategy}-{budget}.json"
+        if done.exists():
+            return
+        scorer = self._scorer(kind, rows, strategy)
+        known, begin = len(scorer.known), time.monotonic()
+        wanted = dataclasses.replace(settings, strategy=strategy, budget=budget)
+        _, found = placement.place(scorer, scorer.supernet.attention, wanted, self.seed)
+        seconds, scored = time.monotonic() - begin, len(scorer.known) - known
+        tokens = sum(int(one.tokens.numel()) for one in rows.values())
+        relaxed = wanted.steps * sum(placement.ROWS * one.tokens.shape[1] for one in rows.values())
+        write_json(
+            done,
+            found
+            | {"candidates": kind, "seconds": seconds, "scored": scored}
+            | {"tokens": scored * tokens + (relaxed if strategy == "gates" else 0), "score_tokens": tokens},
+        )
+        kept = [layer for layer, name in enumerate(found["placement"]) if name == "attn"]
+        print(
+            f"{kind} {strategy} {budget}: {kept} {found['scores']['score']:.3f}, {scored} scored, {seconds:.1f} s",
+            flush=True,
+        )
+
+    def _heat(self, kind: str, rows: dict[str, Any]) -> None:
+        """Each layer alone on its candidate, and each alone on attention, by every objective."""
+        done = self.folder / f"heat-{kind}.json"
+        if done.exists():
+            return
+        scorer, begin = self._scorer(kind, rows, "heat"), time.monotonic()
+        net, block = scorer.supernet, self.first.recipe.place.block
+        layers = set(range(net.layers))
+        named = {"base": net.attention, "none": with_linear(net.attention, block, layers)}
+        named |= {
+            f"without {layer}": with_linear(net.attention, block, {layer}) for layer in reversed(range(net.layers))
+        }
+        named |= {
+            f"only {layer}": with_linear(net.attention, block, layers - {layer})
+            for layer in reversed(range(net.layers))
+        }
+        found = {name: scorer.rows(one) for name, one in named.items()}
+        write_json(done, {"rows": found, "seconds": time.monotonic() - begin})
+        print(f"heat {kind}: {time.monotonic() - begin:.1f} s", flush=True)
+
+    def _windows(self, kind: str, settings: Place, heldout: Any, tokenizer: Any) -> None:
+        done, first = self.folder / f"windows-{kind}.json", self.folder / f"search-{kind}-beam-{MAIN}.json"
+        if done.exists() or not first.exists():
+            return
+        begin, net = time.monotonic(), self.supernet(kind)
+        net.candidates["swa"] = window_candidates(self.first.base, settings.window)
+        rows = objectives.make(["knowledge"], heldout, tokenizer, settings.tokens, self.seed)
+        scorer = self._scorer(kind, rows, "windows")
+        base = scorer(net.attention)
+        shares = objectives.weights({"knowledge": 1.0})
+        chosen, steps = windows(
+            lambda several: [placement.combine(one, base, shares) for one in scorer.several(several)],
+            read_json(first)["placement"],
+            2,
+        )
+        write_json(
+            done, {"placement": chosen, "chosen": steps, "seconds": time.monotonic() - begin, "candidates": kind}
+        )
+        print(f"windows {kind}: {steps}, {time.monotonic() - begin:.1f} s", flush=True)
+
+    # ---- distil
+
+    def wanted(self) -> list[Placement]:
+        """Placements in the order in which they are distilled, each once."""
+        attention, block = self.first.supernet.attention, self.first.recipe.place.block
+        found: list[Placement] = []
+        for budget in (MAIN, 2):
+            found.append(STRATEGIES["uniform"](lambda asked: [0.0] * len(asked), attention, block, budget, 0))
+            for strategy in SEARCHED:
+                paths = [self.folder / f"search-{kind}-{strategy}-{budget}.json" for kind in SETS]
+                found += [read_json(path)["placement"] for path in paths if path.exists()]
+            found += [
+                drawn(lambda asked: [0.0] * len(asked), attention, block, budget, number) for number in range(RANDOM)
+            ]
+            if budget == MAIN:
+                path, best = (
+                    self.folder / f"{name}.json" for name in ("windows-aligned", f"search-aligned-beam-{MAIN}")
+                )
+                found += [read_json(path)["placement"]] if path.exists() else []
+                if self.seed == 0 and best.exists():
+                    found += self._fillers(attention, block, read_json(best)["placement"], found)
+        unique = {tuple(one): one for one in found}
+        return list(unique.values())
+
+    def _fillers(self, attention: Placement, block: str, best: Placement, had: list[Placement]) -> list[Placement]:
+        """More placements for the rank correlation: 0 to 3 layers of a good one, the others drawn, so that they differ
+        in worth."""
+        draw, layers = random.Random(0), range(len(attention))
+        own = [layer for layer in layers if best[layer] == attention[layer]]
+        count = len(
+            {tuple(one) for one in had if sum(a == b for a, b in zip(one, attention)) == MAIN and "swa" not in one}
+        )
+        found = []
+        for number in range(max(0, RANKED - count)):
+            kept = set(draw.sample(own, number % MAIN))
+            kept |= set(draw.sample([layer for layer in layers if layer not in own], MAIN - len(kept)))
+            found.append(with_linear(attention, block, set(layers) - kept))
+        return found
+
+    def distil(self) -> None:
+        rows = self._rows()
+        self._measured("base", self.first.base, rows)
+        for one in self.wanted():
+            if self.over():
+                return
+            self._distil(one, rows)
+        for kind in self.sets:  # the scores that are to be compared with what was distilled
+            if self.over():
+                return
+            self._score_all(kind)
+
+    def _rows(self) -> dict[str, Any]:
+        """What hybrids are measured on: {name: rows}; the same in every sitting and for every seed of the search."""
+        heldout, tokenizer = self.first.tokens[1].half(0), self.first.tokenizer
+        settings = self.recipe.evaluate
+        own = objectives.make(MEASURED, heldout, tokenizer, settings.perplexity_tokens // 2, OWN_SEED)
+        tasks = {n: suite.rows(load_task(n), tokenizer, settings.limit, OWN_SEED) for n in settings.tasks}
+        return {"objectives": own, "tasks": tasks, "heldout": heldout}
+
+    def _path(self, one: Placement) -> Path:
+        return self.folder / "distilled" / f"{hashlib.sha256(' '.join(one).encode()).hexdigest()[:16]}.json"
+
+    def _distil(self, one: Placement, rows: dict[str, Any]) -> None:
+        if self._path(one).exists():
+            return
+        recipe, begin = self.first.recipe, time.monotonic()
+        net = Supernet(self.first.base, deepcopy(self.first.supernet.candidates))
+        if "swa" in one:
+            net.candidates["swa"] = window_candidates(self.first.base, recipe.place.window)
+        scratch = self.folder / "training"
+        shutil.rmtree(scratch, ignore_errors=True)
+        train_mixers(net, one, recipe.train, self.first.tokens[0], scratch, self.seed, self.first.compute, "distil")
+        shutil.rmtree(scratch, ignore_errors=True)
+        trained = time.monotonic() - begin
+        self._measured(
+            self._path(one), net.build(one, getattr(torch, recipe.base.dtype)), rows, placement=one, seconds=trained
+        )
+        kept = [layer for layer, name in enumerate(one) if name == "attn"]
+        print(f"distilled {kept}: {trained:.1f} s, measured in {time.monotonic() - begin - trained:.1f} s", flush=True)
+
+    @torch.no_grad()
+    def _measured(self, where: str | Path, model: Any, rows: dict[str, Any], **more: Any) -> None:
+        path = self.folder / "distilled" / "base.json" if where == "base" else Path(where)
+        if path.exists():
+            return
+        tokenizer, settings = self.first.tokenizer, self.recipe.evaluate
+        sequences = rows["heldout"].sequences(settings.perplexity_tokens // settings.length, settings.length)
+        passages = settings.copy_passages, settings.copy_tokens, settings.copy_filler
+        found: dict[str, Any] = {
+            "perplexity": [
+                {"id": n, "nll": nll, "tokens": settings.length - 1}
+                for n, nll in enumerate(perplexity(model, sequences)["nll"])
+            ],
+            "copy": copy(model, rows["heldout"].stream(), *passages, OWN_SEED)["passages"],
+        }
+        base = self.first.base
+        for name, objective in rows["objectives"].items():
+            objective = objective.to(base.lm_head.weight.device)
+
+            def run(part: objectives.Objective) -> tuple[torch.Tensor, torch.Tensor | None]:
+                hidden = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
+                teacher = (
+                    base.model(input_ids=part.tokens, use_cache=False).last_hidden_state if part.kind == "kl" else None
+                )
+                return hidden, teacher
+
+            values = objectives.measure_all(
+                objective, run, base.lm_head.weight, base.config.final_logit_softcapping, 16_384
+            )
+            found[f"objective {name}"] = [
+                {"id": i, "nll": v} for i, v in zip(objective.ids, values.tolist(), strict=True)
+            ]
+        for name, asked in rows["tasks"].items():
+            found[name] = suite.outputs(load_task(name), model, tokenizer, asked, name)
+        write_json(path, more | {"outputs": found, "seed": self.seed})
+
+    def _score_all(self, kind: str) -> None:
+        """Search scores of every distilled placement, by each set of candidates."""
+        done = self.folder / f"scores-{kind}.json"
+        settings = self.first.recipe.place
+        wanted = list(dict.fromkeys([*settings.objectives, "kl"]))
+        rows = objectives.make(wanted, self.first.tokens[1].half(1), self.first.tokenizer, settings.tokens, self.seed)
+        scorer, begin = self._scorer(kind, rows, "all"), time.monotonic()
+        found = [{"placement": scorer.supernet.attention, "scores": scorer(scorer.supernet.attention)}]
+        for path in sorted((self.folder / "distilled").glob("*.json")):
+            one = read_json(path).get("placement")
+            if one and "swa" not in one:
+                found.append({"placement": one, "scores": scorer(one)})
+        write_json(done, {"scores": found, "seconds": time.monotonic() - begin})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("steps", nargs="+", choices=["align", "search", "distil"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--recipe", default=RECIPE)
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS)
+    given = parser.parse_args()
+    bench = Bench(given.seed, given.seconds, given.recipe, given.sets, given.budgets)
+    for step in given.steps:
+        if not bench.over():
+            getattr(bench, step)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""A function of tensors whose shapes do not change, as one CUDA graph: small layers cost more to launch than to run.
+
+A layer of a small model is some fifty kernels of a few microseconds, and a training step thousands. Captured once
+and replayed, they follow each other without Python between them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 2
+"""Calls that run as they are: kernels are compiled and tuned in them, and libraries set up."""
+CLOSE = 2e-2
+"""Largest relative difference between a graph's result, or its gradients, and the function's: kernels that add up in
+another order each time stay far below."""
+
+
+class Shared:
+    """Memory that many graphs use in turn: their input and output, and what they need in between."""
+
+    def __init__(self, like: Tensor) -> None:
+        """like: a tensor on a GPU of the shape and type of all inputs and outputs."""
+        self.buffers = torch.empty_like(like), torch.empty_like(like)
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+
+class Replayed:
+    """`function`, run as it is at first and on a CPU, then captured, compared with itself and replayed.
+
+    The function gets tensors on a GPU and returns one tensor without a gradient; a backward pass may be a part of it.
+    Everything else that it reads must stay where it is, and it must not wait for the GPU (no `.item()`). Where it
+    cannot be captured, or its graph gives something else, a warning says so and the function is run as it is.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        parameters: Iterable[nn.Parameter] = (),
+        warm_up: int = WARM_UP,
+        shared: Shared | None = None,
+    ) -> None:
+        """parameters: those that the function's backward pass fills the gradients of, anew in each call. shared: for
+        functions of one tensor to one of the same shape, whose graphs run one after another."""
+        self.function, self.parameters, self.shared = function, list(parameters), shared
+        self.left: int | None = warm_up
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: list[Tensor] = []
+        self.gradients: list[Tensor | None] = []
+        self.output: Tensor
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The function's result, in memory of its own. Every call must bring inputs of the first one's shapes."""
+        if not inputs[0].is_cuda or self.left is None:
+            return self.function(*inputs)
+        if self.left > 0:
+            self.left -= 1
+            return self.function(*inputs)
+        if self.graph is None:
+            return self._captured(inputs)
+        return self._replayed(inputs)
+
+    def _replayed(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        assert self.graph is not None
+        for static, value in zip(self.inputs, inputs, strict=True):
+            static.copy_(value)
+        self.graph.replay()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        return self.output.clone()
+
+    def _captured(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The function's own result, after which the graph is there; or never will be."""
+        expected = self.function(*inputs)
+        wanted = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        problem = None
+        try:
+            self._capture(inputs)
+            found = self._replayed(inputs)
+            errors = [_relative(found, expected)]
+            if any(gradient is not None for gradient in wanted):
+                errors.append(_relative(_flat(self.gradients), _flat(wanted)))
+            if not max(errors) < CLOSE:
+                problem = f"its results differ by {max(errors):.2g}"
+        except (RuntimeError, AssertionError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if problem is not None:
+            warnings.warn(
+                f"CUDA graph: not used, since {problem}; the same work runs several times slower", stacklevel=3
+            )
+            self.graph, self.left = None, None
+        for parameter, gradient in zip(self.parameters, wanted, strict=True):
+            parameter.grad = gradient
+        return expected
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self.inputs = [value.clone() for value in inputs] if self.shared is None else [self.shared.buffers[0]]
+        for static, value in zip(self.inputs, inputs, strict=True):
+            static.copy_(value)
+        for parameter in self.parameters:
+            parameter.grad = None  # so that the graph writes gradients instead of adding to what is there
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=None if self.shared is None else self.shared.pool):
+            result = self.function(*self.inputs)
+            self.output = result if self.shared is None else self.shared.buffers[1].copy_(result)
+        self.gradients = [p.grad for p in self.parameters]
+        self.graph = graph
+
+
+def _flat(gradients: list[Tensor | None]) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    difference = (found.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp(min=1e-12))

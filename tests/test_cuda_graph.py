@@ -1,0 +1,149 @@
+"""Functions as CUDA graphs: on a CPU they are run as they are; on a GPU replays give what the function gives."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import make_base
+from torch import Tensor, nn
+
+from postnas.blocks import make_block
+from postnas.blocks.inherit import inherit
+from postnas.models.checkpoint import load_base
+from postnas.models.supernet import Supernet
+from postnas.ops.cuda_graph import Replayed
+from postnas.search.objectives import Objective
+from postnas.search.scores import Scorer
+from postnas.train.distill import train_mixers
+
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def test_on_a_cpu_each_call_runs_the_function() -> None:
+    calls: list[Tensor] = []
+
+    def work(x: Tensor) -> Tensor:
+        calls.append(x)
+        return x + 1
+
+    replayed = Replayed(work, warm_up=0)
+    assert [replayed(torch.tensor([float(n)])).item() for n in range(4)] == [1, 2, 3, 4]
+    assert len(calls) == 4
+
+
+def training(weight: nn.Parameter) -> Replayed:
+    def work(x: Tensor) -> Tensor:
+        loss = (x @ weight).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return Replayed(work, [weight])
+
+
+@pytest.mark.gpu
+@GPU
+def test_losses_and_gradients_of_replays() -> None:
+    torch.manual_seed(0)
+    start, batches = torch.randn(8, 8, device="cuda"), torch.randn(9, 4, 8, device="cuda")
+
+    def trained(replays: bool) -> tuple[list[float], Tensor]:
+        weight = nn.Parameter(start.clone())
+        replayed = training(weight)
+        optimizer, losses = torch.optim.AdamW([weight], lr=0.1), []
+        for batch in batches:
+            losses.append((replayed if replays else replayed.function)(batch).item())
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        assert (replayed.graph is not None) == replays
+        return losses, weight.detach()
+
+    losses, weight = trained(True)
+    expected, wanted = trained(False)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(weight, wanted)
+
+
+@pytest.mark.gpu
+@GPU
+def test_what_cannot_be_captured_is_run_as_it_is() -> None:
+    def work(x: Tensor) -> Tensor:
+        return x * x.sum().item()
+
+    replayed = Replayed(work, warm_up=1)
+    x = torch.ones(3, device="cuda")
+    with pytest.warns(UserWarning, match="CUDA graph: not used"):
+        for n in range(1, 5):
+            assert replayed(x * n).tolist() == [3.0 * n * n] * 3
+    assert replayed.graph is None
+
+
+@pytest.mark.gpu
+@GPU
+def test_what_a_graph_gets_wrong_is_run_as_it_is() -> None:
+    memory = {"x": torch.ones(3, device="cuda")}
+
+    def work(x: Tensor) -> Tensor:
+        memory["x"] = memory["x"] + 1  # another tensor each time, which no replay sees
+        return x * memory["x"]
+
+    replayed = Replayed(work, warm_up=1)
+    with pytest.warns(UserWarning, match="differ"):
+        found = [replayed(torch.ones(3, device="cuda"))[0].item() for _ in range(5)]
+    assert found[:2] == [2.0, 3.0] and found[2:] != [3.0, 3.0, 3.0]
+
+
+def supernet(folder: Path, device: str) -> Supernet:
+    base = load_base(str(make_base(folder / "base")), dtype=torch.bfloat16).to(device)
+    mixers = {}
+    for layer in range(4):
+        torch.manual_seed(layer)
+        mixers[layer] = make_block("jet", base.config.dims()).to(device)
+        inherit(mixers[layer], base.model.layers[layer].self_attn)
+    return Supernet(base, {"jet": mixers})
+
+
+@pytest.mark.gpu
+@GPU
+def test_scores_of_layers_as_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = torch.randint(2, 300, (6, 64), generator=torch.Generator().manual_seed(1))
+    scored = torch.ones_like(tokens, dtype=torch.bool)
+    scored[:, 0] = False
+    rows = {"kl": Objective("kl", "kl", tokens, scored, None, tuple("abcdef"), ("made",))}
+    net = supernet(tmp_path, "cuda")
+    placements = [["jet" if n & 1 << layer else "attn" for layer in range(4)] for n in [*range(16), *range(16)]]
+    fast = Scorer(net, rows, tmp_path / "fast.jsonl", torch.bfloat16, "k")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CUDA graph.*")
+        found = [fast(placement)["kl"] for placement in placements]
+    assert any(layer.graph is not None for layer in fast.layers.values())
+    monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.function(*inputs))
+    slow = Scorer(net, rows, tmp_path / "slow.jsonl", torch.bfloat16, "k")
+    assert found == pytest.approx([slow(placement)["kl"] for placement in placements], rel=2e-2, abs=2e-4)
+
+
+@pytest.mark.gpu
+@GPU
+def test_distillation_as_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from postnas.data import Tokens
+    from postnas.recipe import Train
+
+    ids = torch.randint(2, 300, (4096,), generator=torch.Generator().manual_seed(2)).numpy().astype("uint16")
+    ids.tofile(tmp_path / "train.bin")
+    tokens = Tokens(tmp_path / "train.bin", "uint16", 0)
+    settings = Train(tokens=8 * 4 * 32, length=32, batch=4, lr=1e-3)
+    placement = ["attn", "jet", "jet", "attn"]
+
+    def trained(name: str) -> Tensor:
+        net = supernet(tmp_path, "cuda")
+        train_mixers(net, placement, settings, tokens, tmp_path / name, 0, torch.bfloat16, "k")
+        return torch.cat([p.detach().flatten() for layer in (1, 2) for p in net.mixer(layer, "jet").parameters()])
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CUDA graph.*")
+        found = trained("graph")
+    monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.function(*inputs))
+    expected = trained("plain")
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
