@@ -12,12 +12,17 @@ from torch import Tensor, nn
 
 from postnas.blocks import make_block
 from postnas.blocks.inherit import inherit
+from postnas.data import Tokens
 from postnas.models.checkpoint import load_base
-from postnas.models.supernet import Supernet
-from postnas.ops.cuda_graph import Replayed
+from postnas.models.supernet import MixedLayer, Supernet
+from postnas.ops import fla
+from postnas.ops.cuda_graph import Differentiable, Replayed
+from postnas.recipe import Train
+from postnas.search.gates import SoftNet, minibatches
 from postnas.search.objectives import Objective
 from postnas.search.scores import Scorer
 from postnas.train.distill import train_mixers
+from postnas.train.loop import autocast
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -95,6 +100,17 @@ def test_what_a_graph_gets_wrong_is_run_as_it_is() -> None:
     assert found[:2] == [2.0, 3.0] and found[2:] != [3.0, 3.0, 3.0]
 
 
+@pytest.fixture
+def plain_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without fla, whose trial of a shape takes longer than all these tests."""
+    monkeypatch.setattr(fla, "usable", lambda *arguments: False)
+
+
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.function(*inputs))
+    monkeypatch.setattr(Differentiable, "__call__", lambda self, *inputs: self.module(*inputs))
+
+
 def supernet(folder: Path, device: str) -> Supernet:
     base = load_base(str(make_base(folder / "base")), dtype=torch.bfloat16).to(device)
     mixers = {}
@@ -107,7 +123,7 @@ def supernet(folder: Path, device: str) -> Supernet:
 
 @pytest.mark.gpu
 @GPU
-def test_scores_of_layers_as_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_of_layers_as_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_rule: None) -> None:
     tokens = torch.randint(2, 300, (6, 64), generator=torch.Generator().manual_seed(1))
     scored = torch.ones_like(tokens, dtype=torch.bool)
     scored[:, 0] = False
@@ -119,17 +135,14 @@ def test_scores_of_layers_as_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         warnings.filterwarnings("error", message="CUDA graph.*")
         found = [fast(placement)["kl"] for placement in placements]
     assert any(layer.graph is not None for layer in fast.layers.values())
-    monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.function(*inputs))
+    eager(monkeypatch)
     slow = Scorer(net, rows, tmp_path / "slow.jsonl", torch.bfloat16, "k")
     assert found == pytest.approx([slow(placement)["kl"] for placement in placements], rel=2e-2, abs=2e-4)
 
 
 @pytest.mark.gpu
 @GPU
-def test_distillation_as_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from postnas.data import Tokens
-    from postnas.recipe import Train
-
+def test_distillation_as_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_rule: None) -> None:
     ids = torch.randint(2, 300, (4096,), generator=torch.Generator().manual_seed(2)).numpy().astype("uint16")
     ids.tofile(tmp_path / "train.bin")
     tokens = Tokens(tmp_path / "train.bin", "uint16", 0)
@@ -144,6 +157,86 @@ def test_distillation_as_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="CUDA graph.*")
         found = trained("graph")
-    monkeypatch.setattr(Replayed, "__call__", lambda self, *inputs: self.function(*inputs))
+    eager(monkeypatch)
     expected = trained("plain")
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.arange(4.0))
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return (x * self.weight).square() * scale
+
+
+def test_a_module_with_gradients_on_a_cpu() -> None:
+    module, scale = Squares(), torch.tensor(2.0, requires_grad=True)
+    x = torch.ones(3, 4, requires_grad=True)
+    Differentiable(module)(x, scale).sum().backward()
+    assert scale.grad is not None and scale.grad.item() == 3 * 14
+    assert x.grad is not None and x.grad[0].tolist() == [0, 4, 16, 36]
+    assert module.weight.grad is not None and module.weight.grad.tolist() == [0, 12, 24, 36]
+
+
+@pytest.mark.gpu
+@GPU
+def test_a_module_with_gradients_as_graphs() -> None:
+    torch.manual_seed(0)
+    module = Squares().cuda()
+    graphs = Differentiable(module)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CUDA graph.*")
+        for wants in (True, False, True):
+            x, scale = torch.randn(3, 4, device="cuda", requires_grad=wants), torch.rand((), device="cuda")
+            scale.requires_grad_()
+            found = graphs(x, scale)
+            expected = module(x, scale)
+            torch.testing.assert_close(found, expected)
+            learnt = [value for value in (x, scale, module.weight) if value.requires_grad]
+            along = torch.randn_like(expected)
+            got = torch.autograd.grad(found, learnt, along)
+            for one, other in zip(got, torch.autograd.grad(expected, learnt, along), strict=True):
+                torch.testing.assert_close(one, other)
+    assert len(graphs.made) == 2
+
+
+@pytest.mark.gpu
+@GPU
+def test_gates_as_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_rule: None) -> None:
+    tokens = torch.randint(2, 300, (6, 64), generator=torch.Generator().manual_seed(1))
+    net = supernet(tmp_path, "cuda")
+    soft = SoftNet(net, ["jet"], minibatches(tokens, None, 4, 0), "kl", torch.bfloat16)
+    given = torch.rand(4, 2, generator=torch.Generator().manual_seed(3)).softmax(-1)
+
+    def gradient(step: int) -> tuple[float, Tensor]:
+        leaf = given.clone().requires_grad_()
+        loss = soft(leaf, step)
+        loss.backward()
+        assert leaf.grad is not None
+        return loss.item(), leaf.grad
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="CUDA graph.*")
+        found = [gradient(step) for step in range(3)]
+    eager(monkeypatch)
+    for (loss, slope), step in zip(found, range(3), strict=True):
+        expected, wanted = gradient(step)
+        assert loss == pytest.approx(expected, rel=2e-2)
+        assert float((slope - wanted).norm() / wanted.norm()) < 5e-2
+
+
+def test_a_mixed_layer_is_the_sum_of_its_mixers(tmp_path: Path) -> None:
+    net = supernet(tmp_path, "cpu")
+    with torch.no_grad(), autocast(torch.device("cpu"), torch.bfloat16):
+        h, step = net.embed(torch.randint(2, 300, (2, 16)))
+        decoder = net.base.model.layers[1]
+        mixers = [net.mixer(1, "attn"), net.mixer(1, "jet")]
+        alone = [MixedLayer(decoder, [mixer], step)(h) for mixer in mixers]
+        torch.testing.assert_close(alone[0], net.run(h, step, net.attention, 1, 2))
+        both = MixedLayer(decoder, mixers, step)
+        torch.testing.assert_close(both(h, torch.tensor([0.0, 1.0])), alone[1], rtol=2e-2, atol=2e-2)
+        x = decoder.input_layernorm(h)
+        halves = 0.5 * mixers[0](x, step)[0] + 0.5 * mixers[1](x, step)[0]
+        torch.testing.assert_close(both(h, torch.tensor([0.5, 0.5])), decoder.finish(h, halves), rtol=2e-2, atol=2e-2)

@@ -6,7 +6,7 @@ changes the base: its weights stay frozen, and a test hashes them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,24 @@ from postnas.models.config import HybridConfig, check_placement
 from postnas.models.model import HybridForCausalLM
 
 Placement = list[str]
+
+
+class MixedLayer(nn.Module):
+    """A layer of the base with the mixers that are given in place of its own, for one step."""
+
+    def __init__(self, decoder: nn.Module, mixers: Sequence[nn.Module], step: Step) -> None:
+        super().__init__()
+        self.decoder, self.mixers, self.step = decoder, nn.ModuleList(mixers), step
+
+    def forward(self, h: Tensor, weights: Tensor | None = None) -> Tensor:
+        """h [B, T, hidden] after the layer, whose mixers' outputs are added up by `weights` [mixers]; evenly by 1
+        where None."""
+        decoder: Any = self.decoder
+        x = decoder.input_layernorm(h)
+        outputs = [mixer(x, self.step)[0] for mixer in self.mixers]
+        if weights is not None:
+            outputs = [weight * output for weight, output in zip(weights, outputs, strict=True)]
+        return decoder.finish(h, sum(outputs[1:], outputs[0]))
 
 
 class Supernet:

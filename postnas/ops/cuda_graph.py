@@ -7,7 +7,7 @@ and replayed, they follow each other without Python between them.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -77,21 +77,16 @@ class Replayed:
         """The function's own result, after which the graph is there; or never will be."""
         expected = self.function(*inputs)
         wanted = [None if p.grad is None else p.grad.clone() for p in self.parameters]
-        problem = None
         try:
             self._capture(inputs)
-            found = self._replayed(inputs)
-            errors = [_relative(found, expected)]
+            errors = [_relative(self._replayed(inputs), expected)]
             if any(gradient is not None for gradient in wanted):
                 errors.append(_relative(_flat(self.gradients), _flat(wanted)))
-            if not max(errors) < CLOSE:
-                problem = f"its results differ by {max(errors):.2g}"
+            problem = _difference(errors)
         except (RuntimeError, AssertionError) as error:
-            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            problem = _line(error)
         if problem is not None:
-            warnings.warn(
-                f"CUDA graph: not used, since {problem}; the same work runs several times slower", stacklevel=3
-            )
+            _warn(problem)
             self.graph, self.left = None, None
         for parameter, gradient in zip(self.parameters, wanted, strict=True):
             parameter.grad = gradient
@@ -111,7 +106,73 @@ class Replayed:
         self.graph = graph
 
 
-def _flat(gradients: list[Tensor | None]) -> Tensor:
+class Differentiable:
+    """A module from tensors to one tensor, whose forward and backward passes are two CUDA graphs.
+
+    Each set of shapes that it is called with is captured at its first use and compared with the module itself. On a
+    CPU, without gradients, and where the graphs cannot be made or give something else, the module is run as it is. A
+    call's backward pass must come before the next call.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.made: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The module's output for these inputs, in memory that the next call writes over."""
+        if not inputs[0].is_cuda or not torch.is_grad_enabled():
+            return self.module(*inputs)
+        key = tuple((value.shape, value.dtype, value.requires_grad) for value in inputs)
+        if key not in self.made:
+            self.made[key] = self._made(inputs)
+        return self.made[key](*inputs)
+
+    def _made(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
+        samples = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in inputs)
+        learnt = [value for value in (*samples, *self.module.parameters()) if value.requires_grad]
+        if not learnt:
+            return self.module
+        expected = self.module(*samples)
+        along = torch.randn_like(expected)
+        wanted = torch.autograd.grad(expected, learnt, along, allow_unused=True)
+        try:
+            graphed: Any = torch.cuda.make_graphed_callables(_Call(self.module), samples, allow_unused_input=True)
+            found = graphed(*samples)
+            gradients = torch.autograd.grad(found, learnt, along, allow_unused=True)
+            problem = _difference([_relative(found, expected), _relative(_flat(gradients), _flat(wanted))])
+        except (RuntimeError, AssertionError) as error:
+            problem = _line(error)
+        if problem is None:
+            return graphed
+        _warn(problem)
+        return self.module
+
+
+class _Call(nn.Module):
+    """A module of its own around another, since capturing changes the one that it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.inner(*inputs)
+
+
+def _difference(errors: list[float]) -> str | None:
+    """What is wrong with results of these relative errors."""
+    return None if max(errors) < CLOSE else f"its results differ by {max(errors):.2g}"
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _warn(problem: str) -> None:
+    warnings.warn(f"CUDA graph: not used, since {problem}; the same work runs several times slower", stacklevel=4)
+
+
+def _flat(gradients: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([gradient.flatten() for gradient in gradients if gradient is not None])
 
 

@@ -23,8 +23,9 @@ from postnas.blocks.step import Step
 from postnas.errors import UserError
 from postnas.files import read_json, recover, replacing, write_json
 from postnas.models.checkpoint import read_tensors
-from postnas.models.supernet import Supernet
+from postnas.models.supernet import MixedLayer, Supernet
 from postnas.ops.chunked_loss import CHUNK, CHUNK_CUDA, capped, chunked_kl
+from postnas.ops.cuda_graph import Differentiable
 from postnas.search.strategies import Placement, Score, descend, exchanges, reblocked
 from postnas.train import parallel
 from postnas.train.loop import autocast
@@ -232,9 +233,9 @@ class _Shift(torch.autograd.Function):
 class SoftNet:
     """The supernet as a relaxed loss: a layer's mixer gives sum over m of p[layer, m] * mixer_m(x).
 
-    Mixers of a probability up to THRESHOLD are not run. Gradients reach the probabilities alone. They are worked
-    out at once, inside the call, where all weights are frozen for that time; each layer is run again in the
-    backward pass, so that the memory is one layer's activations and the hidden states between the layers.
+    Gradients reach the probabilities alone. They are worked out at once, inside the call, where all weights are
+    frozen for that time. On a CPU mixers of a probability up to THRESHOLD are not run, and each layer is run again in
+    the backward pass, so that the memory is one layer's activations and the hidden states between the layers.
     """
 
     def __init__(
@@ -249,6 +250,7 @@ class SoftNet:
         nats a token, over the tokens that count."""
         self.supernet, self.blocks, self.batches = supernet, list(blocks), batches
         self.objective, self.compute = objective, compute
+        self.layers: dict[tuple[int, tuple[int, ...]], Differentiable] = {}
 
     def __call__(self, probabilities: Tensor, step: int) -> Tensor:
         """The loss of the step's batch, on the device of the probabilities [layers, 1 + blocks]."""
@@ -269,10 +271,10 @@ class SoftNet:
         h, step = net.embed(tokens)
         with torch.no_grad():
             teacher = net.norm(net.run(h, step, net.attention)) if self.objective == "kl" else None
-        for layer, row in enumerate(probabilities.tolist()):
-            names = [net.attention[layer], *self.blocks]
-            used = [(column, net.mixer(layer, names[column])) for column, p in enumerate(row) if p > THRESHOLD]
-            h = _again(self._layer, layer, h, step, used, probabilities[layer])
+        if h.is_cuda:
+            h = self._graphs(h, step, probabilities)
+        else:
+            h = self._again_by_layer(h, step, probabilities)
         hidden = net.norm(h)
         if teacher is not None:
             if scored is None:
@@ -283,12 +285,25 @@ class SoftNet:
         counted = torch.ones_like(tokens, dtype=torch.bool) if scored is None else scored
         return _nll(hidden[:, :-1][counted[:, 1:]], net.head, tokens[:, 1:][counted[:, 1:]], net.softcap)
 
-    def _layer(self, layer: int, h: Tensor, step: Step, used: list[tuple[int, nn.Module]], weights: Tensor) -> Tensor:
-        """h [B, T, hidden] after a layer whose mixers have `weights` [1 + blocks]."""
-        decoder: Any = self.supernet.base.model.layers[layer]
-        x = decoder.input_layernorm(h)
-        y = sum(weights[column] * mixer(x, step)[0] for column, mixer in used)
-        return decoder.finish(h, y)
+    def _again_by_layer(self, h: Tensor, step: Step, probabilities: Tensor) -> Tensor:
+        for layer, row in enumerate(probabilities.tolist()):
+            used = [column for column, p in enumerate(row) if p > THRESHOLD]
+            mixed = MixedLayer(self.supernet.base.model.layers[layer], [self._mixers(layer)[c] for c in used], step)
+            h = _again(mixed, h, probabilities[layer, used])
+        return h
+
+    def _graphs(self, h: Tensor, step: Step, probabilities: Tensor) -> Tensor:
+        """All mixers of each layer as CUDA graphs, which hold all layers' activations: that of few rows."""
+        for layer in range(self.supernet.layers):
+            key = layer, tuple(h.shape)
+            if key not in self.layers:
+                mixed = MixedLayer(self.supernet.base.model.layers[layer], self._mixers(layer), step)
+                self.layers[key] = Differentiable(mixed)
+            h = self.layers[key](h, probabilities[layer])
+        return h
+
+    def _mixers(self, layer: int) -> list[nn.Module]:
+        return [self.supernet.mixer(layer, name) for name in (self.supernet.attention[layer], *self.blocks)]
 
 
 def minibatches(tokens: Tensor, scored: Tensor | None, rows: int, seed: int) -> Batches:

@@ -12,7 +12,7 @@ is a choice, see `path_loss`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +23,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from postnas.blocks.step import Step
 from postnas.data import Tokens
 from postnas.errors import UserError
 from postnas.models.checkpoint import read_tensors
-from postnas.models.supernet import Placement, Supernet
+from postnas.models.supernet import MixedLayer, Placement, Supernet
 from postnas.ops.chunked_loss import chunked_kl
+from postnas.ops.cuda_graph import Differentiable
 from postnas.recipe import Paths
 from postnas.train import parallel
 from postnas.train.align import Keys, digest, write_candidate
@@ -45,7 +47,18 @@ def draw_path(attention: Placement, blocks: Sequence[str], budgets: Sequence[int
     return [name if layer in kept else draw.choice(blocks) for layer, name in enumerate(attention)]
 
 
-def path_loss(supernet: Supernet, path: Placement, tokens: Tensor, positions: Tensor | None, kind: str) -> Tensor:
+Student = Callable[[int, str, Tensor, Step], Tensor]
+"""student(layer, mixer's name, h, step) -> h after the layer, with gradients."""
+
+
+def path_loss(
+    supernet: Supernet,
+    path: Placement,
+    tokens: Tensor,
+    positions: Tensor | None,
+    kind: str,
+    student_layer: Student | None = None,
+) -> Tensor:
     """What a path loses against the base on tokens [B, T], a scalar with gradients to the candidates on it.
 
     feature: the relative squared error of each token's hidden state after a layer, as the mean over tokens and
@@ -54,7 +67,8 @@ def path_loss(supernet: Supernet, path: Placement, tokens: Tensor, positions: Te
     others' together; and then a batch's loss is the mean of its ranks' losses.
     kl: mean forward KL from the base at the head, in nats a token.
     Both walk the layers side by side from the first change on: only the path keeps a graph, and of the base
-    no more than one hidden state. `path` differs from the base in one layer or more.
+    no more than one hidden state. `path` differs from the base in one layer or more. student_layer: runs a layer
+    of the path; the supernet itself where None.
     """
     changed = [layer for layer, name in enumerate(path) if name != supernet.attention[layer]]
     with torch.no_grad():
@@ -64,7 +78,10 @@ def path_loss(supernet: Supernet, path: Placement, tokens: Tensor, positions: Te
     for layer in range(changed[0], supernet.layers if kind == "kl" else changed[-1] + 1):
         with torch.no_grad():
             teacher = supernet.run(teacher, step, supernet.attention, layer, layer + 1)
-        student = supernet.run(student, step, path, layer, layer + 1)
+        if student_layer is None:
+            student = supernet.run(student, step, path, layer, layer + 1)
+        else:
+            student = student_layer(layer, path[layer], student, step)
         if kind == "feature" and layer in changed:
             errors.append(token_error(student, teacher))
     if kind == "feature":
@@ -73,6 +90,27 @@ def path_loss(supernet: Supernet, path: Placement, tokens: Tensor, positions: Te
         target = supernet.norm(teacher).flatten(0, 1)
     head = supernet.head
     return chunked_kl(supernet.norm(student).flatten(0, 1), head, target, head, supernet.softcap)
+
+
+class PathLayers:
+    """The layers that paths are made of, each with one mixer; on a GPU their passes are CUDA graphs.
+
+    All batches have one shape and no borders, so the first one's step serves them all.
+    """
+
+    def __init__(self, supernet: Supernet) -> None:
+        self.supernet = supernet
+        self.step: Step | None = None
+        self.made: dict[tuple[int, str], Differentiable] = {}
+
+    def __call__(self, layer: int, name: str, h: Tensor, step: Step) -> Tensor:
+        self.step = self.step or step
+        if (layer, name) not in self.made:
+            mixer = self.supernet.mixer(layer, name)
+            self.made[layer, name] = Differentiable(
+                MixedLayer(self.supernet.base.model.layers[layer], [mixer], self.step)
+            )
+        return self.made[layer, name](h)
 
 
 def token_error(output: Tensor, target: Tensor) -> Tensor:
@@ -125,13 +163,16 @@ def train_paths(
         for layer, mixer in net.candidates[block].items()
     ]
 
+    student_layers = PathLayers(net)
+
     def backward(number: int) -> dict[str, Any]:
         path = draw_path(net.attention, blocks, budgets, seed, number)
         share = parallel.rank(), parallel.world()
         batch = tokens.batch(number, settings.batch, settings.length, seed + 41, borders, *share)
         positions = None if batch.positions is None else batch.positions.to(device)
         with autocast(device, compute):
-            loss = path_loss(net, path, batch.tokens.to(device), positions, settings.loss)
+            student = student_layers if positions is None else None
+            loss = path_loss(net, path, batch.tokens.to(device), positions, settings.loss, student)
         loss.backward()
         return {"loss": loss.item(), "path": path}
 
