@@ -11,6 +11,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ class Batch:
 class Tokens:
     """A file of token ids, read through memory: documents joined, each followed by the end-of-text id."""
 
-    def __init__(self, path: Path, dtype: str, end: int) -> None:
-        self.path, self.end = path, end
+    def __init__(self, path: Path, dtype: str, end: int, repeat: float = 0.0) -> None:
+        """repeat: share of a batch's windows that end with a copy of their beginning; see `repeated`."""
+        self.path, self.end, self.repeat = path, end, repeat
         self.ids: Any = np.memmap(path, dtype=dtype, mode="r")
 
     def __len__(self) -> int:
@@ -64,7 +66,8 @@ class Tokens:
         rows = []
         for number in range(step * batch + rank, (step + 1) * batch, world):
             order = _order(windows, seed, number // windows)
-            rows.append(self._window(int(order[number % windows]) * length, length))
+            row = self._window(int(order[number % windows]) * length, length)
+            rows.append(repeated(row) if Random(f"{seed}:{number}").random() < self.repeat else row)
         tokens = torch.stack(rows)
         return Batch(tokens, positions(tokens, self.end) if borders else None)
 
@@ -99,6 +102,16 @@ def _order(windows: int, seed: int, epoch: int, _memory: dict[tuple[int, int, in
         _memory.clear()
         _memory[key] = torch.randperm(windows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
     return _memory[key]
+
+
+def repeated(window: Tensor) -> Tensor:
+    """A window [T] whose last three eighths are its first three eighths again.
+
+    What a base's attention finds again in its context, a linear layer learns from text in which there is something to
+    find. Short documents, one after another, hold next to none of it.
+    """
+    size = 3 * len(window) // 8
+    return torch.cat([window[: len(window) - size], window[:size]])
 
 
 def positions(tokens: Tensor, end: int) -> Tensor:
@@ -140,7 +153,7 @@ def prepare(data: Data, tokenizer: Any, folder: Path) -> tuple[Tokens, Tokens]:
         write_json(meta, counts | {"dtype": dtype, "end": end})
     stored = read_json(meta)
     return (
-        Tokens(folder / "train.bin", stored["dtype"], stored["end"]),
+        Tokens(folder / "train.bin", stored["dtype"], stored["end"], data.repeat),
         Tokens(folder / "heldout.bin", stored["dtype"], stored["end"]),
     )
 

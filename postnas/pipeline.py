@@ -93,6 +93,8 @@ class Run:
     def keys(self) -> Keys:
         """What each candidate is made from."""
         recipe, data = self.recipe, hashlib.sha256(self.tokens[0].ids.tobytes()).hexdigest()
+        if recipe.data.repeat:
+            data = digest(data, recipe.data.repeat)
         return candidate_keys(self.base, recipe.align, data, recipe.seed, self.compute, recipe.data.borders)
 
     @cached_property

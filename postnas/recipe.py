@@ -93,8 +93,14 @@ class Data:
     """Tokens of held-out text that are kept."""
     borders: bool = False
     """Whether attention and states stop at a document's border in training."""
+    repeat: float = 0.0
+    """Share of training sequences whose end repeats their beginning, so that there is something to find again."""
 
     def __post_init__(self) -> None:
+        _need(0 <= self.repeat <= 1, "data.repeat", self.repeat, "give a share from 0 to 1")
+        _need(
+            not (self.repeat and self.borders), "data.repeat", self.repeat, "with borders it would be cut off; give 0"
+        )
         _need(len(self.text) > 0, "data.text", [], "name at least one source of text")
         _need(0 < self.heldout < 1, "data.heldout", self.heldout, "give a share between 0 and 1")
         _positive(self, "tokens", "heldout_tokens")
