@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from postnas.blocks import make_block
+from postnas.blocks.jet import JetOptions
 from postnas.errors import UserError
 from postnas.files import replacing
 from postnas.models.checkpoint import model_from_weights
 from postnas.models.config import HybridConfig
-from postnas.models.jet_nemotron import FIXED, JET_KEYS, MIXERS, OURS, JetNemotronConfig
+from postnas.models.jet_nemotron import FIXED, MIXERS, OURS, JetNemotronConfig
 from postnas.models.load import load_model
 from postnas.models.model import HybridForCausalLM, JetNemotronForCausalLM
 
 
 def refusal(config: HybridConfig) -> str | None:
     """Why the format cannot hold such a hybrid, in one line; None where it can."""
-    placement, blocks = config.placement or [], config.blocks or {}
+    placement = config.placement or []
     for index, name in enumerate(placement):
         if name not in MIXERS:
             return f"placement[{index}]: {name!r} has no place in the format; it holds {', '.join(MIXERS)}"
@@ -40,16 +41,20 @@ def refusal(config: HybridConfig) -> str | None:
         return f"rope_theta: {theta} is no whole number, and SGLang cuts it to one"
     if config.hidden_act != "silu":
         return f"hidden_act: {config.hidden_act!r} has no place in the format; its MLP is SwiGLU"
-    if "jet" in placement and _jet_options(config, blocks)["qkv_bias"]:
-        return "blocks.jet.qkv_bias: Jet layers have no biases in the format; make the hybrid with qkv_bias: false"
+    if "jet" in placement:
+        options = _options("jet", config)
+        for name, value in options.changes().items():
+            only = getattr(JetOptions, name)
+            return f"blocks.jet.{name}: {value!r} has no place in the format; it holds {only!r} alone"
+        if options.qkv_bias:
+            return "blocks.jet.qkv_bias: Jet layers have no biases in the format; make the hybrid with qkv_bias: false"
     return None
 
 
-def _jet_options(config: HybridConfig, blocks: dict[str, Any]) -> dict[str, Any]:
-    """The Jet layers' options with everything filled in that the base decides."""
+def _options(name: str, config: HybridConfig) -> Any:
+    """A block's options with everything filled in that the base decides."""
     with torch.device("meta"):
-        options = make_block("jet", config.dims(), blocks.get("jet")).options
-    return {name: getattr(options, name) for name in (*JET_KEYS, "qkv_bias")}
+        return make_block(name, config.dims(), (config.blocks or {}).get(name)).options
 
 
 def to_jet_nemotron(model: HybridForCausalLM) -> JetNemotronForCausalLM:
@@ -64,13 +69,12 @@ def to_jet_nemotron(model: HybridForCausalLM) -> JetNemotronForCausalLM:
     reason = refusal(config)
     if reason is not None:
         raise UserError(f"{reason}; keep the postnas format, or make another hybrid")
-    placement, blocks = cast(list[str], config.placement), dict(config.blocks or {})
+    placement = cast(list[str], config.placement)
     fields = {name: getattr(config, name) for name in get_annotations(HybridConfig) if name not in OURS}
     held: dict[str, Any] = {}
     for name in ("jet", "swa"):
         if name in placement:
-            with torch.device("meta"):
-                options = make_block(name, config.dims(), blocks.get(name)).options
+            options = _options(name, config)
             held[name] = {key: getattr(options, key) for key in options.__dataclass_fields__}
     official = JetNemotronConfig(
         **fields, placement=placement, blocks=held, rope_parameters=dict(config.rope_parameters or {})

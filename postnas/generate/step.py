@@ -102,9 +102,9 @@ def _joined(weights: list[Tensor], rows: int) -> Tensor:
 class Decoder:
     """Decode steps of `batch` rows, each with at most `context` tokens, by a hybrid that is in eval mode.
 
-    dtype: of the JetBlocks' recurrent states, float32 where None (float64 for a float64 model). fused: the
-    JetBlocks' w2 with the convolution as its epilogue, else a product whose taps reach memory. fixed: for
-    benchmarks; every step stands at token `context`, so the caches are full and need no mask.
+    dtype: of the recurrent states of JetBlocks as released, float32 where None (float64 for a float64 model). fused:
+    their w2 with the convolution as its epilogue, else a product whose taps reach memory. fixed: for benchmarks; every
+    step stands at token `context`, so the caches are full and need no mask.
 
     All rows begin empty; `load` takes over a prefilled cache. Changes the model only as `JetProduct` says.
     """
@@ -144,9 +144,7 @@ class Decoder:
         """The longest row's tokens, known without asking the device."""
         with torch.no_grad():
             self.products = {
-                index: JetProduct(layer.self_attn)
-                for index, layer in enumerate(self.layers)
-                if isinstance(layer.self_attn, Jet)
+                index: JetProduct(layer.self_attn) for index, layer in enumerate(self.layers) if _fuses(layer.self_attn)
             }
             self.states = [self._state(layer.self_attn) for layer in self.layers]
             self.graph = self._capture() if self.device.type == "cuda" else None
@@ -163,7 +161,7 @@ class Decoder:
         state = mixer.State()
         # Each block knows its own sizes: one token of a fresh state shows them, and is forgotten by `reset`.
         mixer(self._zeros(self.batch, 1, mixer.dims.hidden), self._step(), state)
-        if isinstance(mixer, Jet):
+        if _fuses(mixer):
             state.recurrent = state.recurrent.to(self.dtype)
         return state
 
@@ -312,6 +310,11 @@ class Decoder:
         if not self.fixed:
             self.length += 1
             self.position += 1
+
+
+def _fuses(mixer: nn.Module) -> bool:
+    """Has `ops.jet_decode` this block's step? A JetBlock of another design goes the way of all other blocks."""
+    return isinstance(mixer, Jet) and mixer.released
 
 
 def _ranks(ledger: Ledger, seen: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 
+from postnas.blocks.jet import DESIGN, JetOptions
 from postnas.errors import UserError
 from postnas.models.config import HybridConfig
 
@@ -73,6 +74,12 @@ class JetNemotronConfig(HybridConfig):
             # By themselves Jet layers have the biases of attention, which are always there in this format.
             if blocks["jet"].get("qkv_bias"):
                 raise UserError("blocks.jet.qkv_bias: Jet layers have no biases in this format; set it to false")
+            for name in DESIGN:
+                value, released = blocks["jet"].get(name), getattr(JetOptions, name)
+                if value not in (None, released):
+                    raise UserError(
+                        f"blocks.jet.{name}: {value!r} has no place in this format; it must be {released!r}"
+                    )
             blocks["jet"] = blocks["jet"] | {"qkv_bias": False}
         for index, name in enumerate(placement):
             if name not in MIXERS:
