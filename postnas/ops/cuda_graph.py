@@ -110,8 +110,9 @@ class Differentiable:
     """A module from tensors to one tensor, whose forward and backward passes are two CUDA graphs.
 
     Each set of shapes that it is called with is captured at its first use and compared with the module itself. On a
-    CPU, without gradients, and where the graphs cannot be made or give something else, the module is run as it is. A
-    call's backward pass must come before the next call.
+    CPU, without gradients, and where the graphs cannot be made or give something else, the module is run as it is; so
+    it is where half of the GPU's memory is in use, since each graph holds its own activations. A call's backward pass
+    must come before the next call.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -130,7 +131,8 @@ class Differentiable:
     def _made(self, inputs: tuple[Tensor, ...]) -> Callable[..., Tensor]:
         samples = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in inputs)
         learnt = [value for value in (*samples, *self.module.parameters()) if value.requires_grad]
-        if not learnt:
+        free, total = torch.cuda.mem_get_info(inputs[0].device)
+        if not learnt or free < total / 2:
             return self.module
         expected = self.module(*samples)
         along = torch.randn_like(expected)
