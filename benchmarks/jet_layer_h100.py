@@ -2,11 +2,12 @@
 
     python benchmarks/jet_layer_h100.py     # needs fla-core, flash-linear-attention and tilelang
 
-Forward and backward of 8 x 4,096 tokens, and launched decode steps at batch 1 and 128. The trial that decides whether
-fla's kernels may be used runs first, in this process; its errors and seconds are a row. Rows are added to
-$OUT/jetblock-h100.json (else benchmarks/results), each with the ceilings measured here. flops: of products and of the
-chunked rule, three times the forward's for forward and backward; `roofline_share` is the time that they or the bytes
-of weights, input and output take at the ceilings, over the time taken.
+First the gated norm by itself, its kernels beside plain PyTorch; it has no flops that count, so its share is that of
+copying as many bytes. Then forward and backward of 8 x 4,096 tokens, and launched decode steps at batch 1 and 128. The
+trial that decides whether fla's kernels may be used runs before them, in this process; its errors and seconds are a
+row. Rows are added to $OUT/jetblock-h100.json (else benchmarks/results), each with the ceilings measured here. flops:
+of products and of the chunked rule, three times the forward's for forward and backward; `roofline_share` is the time
+that they or the bytes of weights, input and output take at the ceilings, over the time taken.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from postnas.blocks.inherit import plain_step
 from postnas.blocks.state import LinearState
 from postnas.files import read_json, write_json
 from postnas.ops import fla
+from postnas.ops.gated_norm import gated_norm, plain_gated_norm
 
 RESULT = Path(os.environ.get("OUT", "benchmarks/results")) / "jetblock-h100.json"
 HIDDEN, HEADS, KEY, VALUE = 1536, 12, 96, 256
@@ -68,6 +70,35 @@ def ceilings() -> None:
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=KIND) for _ in range(2))
     CEILINGS["matmul_tflop_s"] = 2 * 8192**3 / timed(lambda: left @ right) / 1e9
     add(op="ceilings", **CEILINGS)
+
+
+def norms() -> None:
+    """Bytes are those of the large tensors: x, gate and y; and backward x, gate, dy, dx and dgate."""
+    x, gate, along = torch.randn(3, BATCH * TOKENS, HEADS, VALUE, device="cuda", dtype=KIND)
+    weight = torch.ones(VALUE, device="cuda")
+    leaves = x.requires_grad_(), gate.requires_grad_(), weight.requires_grad_()
+    times: dict[tuple[str, str], float] = {}
+    for name, form in (("kernels", gated_norm), ("plain", plain_gated_norm)):
+        with torch.no_grad():
+            times["forward", name] = timed_many(lambda form=form: form(*leaves, 1e-5))
+        y = form(*leaves, 1e-5)
+        times["backward", name] = timed_many(lambda y=y: torch.autograd.grad(y, leaves, along, retain_graph=True))
+        del y
+    for phase, tensors in (("forward", 3), ("backward", 5)):
+        row = {
+            "op": f"gated_norm_{phase}",
+            "shape": "2B",
+            "batch": BATCH,
+            "tokens": BATCH * TOKENS,
+            "dtype": "bfloat16",
+        }
+        row |= {"ms": times[phase, "kernels"], "baseline": "plain", "baseline_ms": times[phase, "plain"]}
+        add(**row, flops=0, bytes=tensors * x.nbytes)
+
+
+def timed_many(work: Callable[[], Any], calls: int = 10) -> float:
+    """As `timed`, of one of ten calls in a row: a short one would else be the time that Python takes to launch it."""
+    return timed(lambda: [work() for _ in range(calls)], repeats=10) / calls
 
 
 def trial() -> None:
@@ -154,6 +185,7 @@ def decode(found: dict[str, tuple[Any, Callable[[Tensor], Tensor]]]) -> None:
 def main() -> None:
     torch.manual_seed(0)
     ceilings()
+    norms()
     trial()
     found = layers()
     train(found)

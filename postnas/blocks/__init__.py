@@ -21,6 +21,7 @@ from postnas.blocks.gla import GLA
 from postnas.blocks.jet import Jet
 from postnas.blocks.kda import KDA
 from postnas.blocks.mamba2 import Mamba2
+from postnas.blocks.mamba3 import Mamba3
 from postnas.blocks.retnet import RetNet
 from postnas.blocks.rwkv7 import RWKV7
 from postnas.blocks.state import LinearState
@@ -37,6 +38,7 @@ BLOCKS: dict[str, Any] = {
     "delta_net": DeltaNet,
     "kda": KDA,
     "rwkv7": RWKV7,
+    "mamba3": Mamba3,
 }
 """Every mixer by the name that a placement uses. Adding one is one file and one line here."""
 

@@ -15,7 +15,7 @@ from postnas.blocks.delta import DeltaOptions
 from postnas.blocks.delta_net import ShortConvMixer
 from postnas.blocks.dims import Dims
 from postnas.blocks.linear import normal
-from postnas.blocks.norm import RMSNorm, widened
+from postnas.blocks.norm import GatedRMSNorm, widened
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
 from postnas.ops.dplr import kda, rule_flops
@@ -66,11 +66,10 @@ class LowRank(nn.Module):
         return 2 * (self.down.weight.numel() + self.up.weight.numel())
 
 
-class SigmoidRMSNorm(RMSNorm):
+class SigmoidRMSNorm(GatedRMSNorm):
     """RMSNorm(x) * sigmoid(gate)."""
 
-    def forward(self, x: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x) * torch.sigmoid(gate)
+    act = "sigmoid"
 
 
 class KDA(ShortConvMixer):
