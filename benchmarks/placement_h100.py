@@ -35,7 +35,7 @@ from postnas.evaluate import suite
 from postnas.evaluate.perplexity import perplexity
 from postnas.evaluate.recall import copy
 from postnas.evaluate.task import load_task
-from postnas.files import read_json, write_json
+from postnas.files import read_json, read_jsonl, replacing, write_json
 from postnas.models.supernet import Placement, Supernet
 from postnas.pipeline import STAGE_FUNCTIONS, Run
 from postnas.recipe import Paths, Place
@@ -63,6 +63,8 @@ RANDOM = 3
 HEAT = ("kl", "copy", "needle", "key_value", "phone_book", "squad", "arc", "mmlu", "gsm8k")
 MEASURED = ("kl", "copy", "needle", "key_value")
 """Objectives that distilled hybrids are measured on, on rows that no search has seen."""
+ANSWERED = {"arc": ("arc_easy", "arc_challenge"), "mmlu": ("mmlu",)}
+"""Objectives that follow from tasks' outputs: the negative log-likelihood of the right answer."""
 OWN_SEED = 7_919
 """Added to the seed of the rows that are evaluated, so that they are not the search's."""
 
@@ -111,16 +113,17 @@ class Bench:
                 return
             state = self.first if kind == "aligned" else self.run(kind)
             if kind != "aligned" and not (state.folder / "candidates").exists():
-                shutil.copytree(self.first.folder / "candidates", state.folder / "candidates", copy_function=os.link)
+                with replacing(state.folder / "candidates") as temporary:
+                    shutil.copytree(self.first.folder / "candidates", temporary, copy_function=os.link)
             if kind == "aligned":
                 self._warm(state)
-            begin = time.monotonic()
             STAGE_FUNCTIONS["align"](state)
             recipe = state.recipe
             tokens = recipe.align.tokens if kind == "aligned" else recipe.paths.tokens
-            write_json(done, {"seconds": time.monotonic() - begin, "tokens": tokens, "set": kind, "seed": self.seed})
+            seconds = sum(record["seconds"] for record in read_jsonl(state.folder / "metrics.jsonl"))
+            write_json(done, {"seconds": seconds, "tokens": tokens, "set": kind, "seed": self.seed})
             shutil.rmtree(state.folder / "checkpoints", ignore_errors=True)
-            print(f"{kind}: {tokens:,} tokens, {time.monotonic() - begin:.1f} s", flush=True)
+            print(f"{kind}: {tokens:,} tokens, {seconds:.1f} s", flush=True)
 
     def _warm(self, state: Run) -> None:
         """Two steps of each kind of training that are thrown away: kernels are compiled and tuned here."""
@@ -177,7 +180,11 @@ class Bench:
         if done.exists():
             return
         scorer = self._scorer(kind, rows, strategy)
-        known, begin = len(scorer.known), time.monotonic()
+        begun, begin = self.folder / f"begun-{kind}-{strategy}-{budget}.json", time.monotonic()
+        resumed = begun.exists()  # then its seconds are those of the last sitting alone
+        if not resumed:
+            write_json(begun, {"known": len(scorer.known)})
+        known = read_json(begun)["known"]
         wanted = dataclasses.replace(settings, strategy=strategy, budget=budget)
         _, found = placement.place(scorer, scorer.supernet.attention, wanted, self.seed)
         seconds, scored = time.monotonic() - begin, len(scorer.known) - known
@@ -186,7 +193,7 @@ class Bench:
         write_json(
             done,
             found
-            | {"candidates": kind, "seconds": seconds, "scored": scored}
+            | {"candidates": kind, "seconds": seconds, "scored": scored, "resumed": resumed}
             | {"tokens": scored * tokens + (relaxed if strategy == "gates" else 0), "score_tokens": tokens},
         )
         kept = [layer for layer, name in enumerate(found["placement"]) if name == "attn"]
@@ -309,9 +316,9 @@ class Bench:
         train_mixers(net, one, recipe.train, self.first.tokens[0], scratch, self.seed, self.first.compute, "distil")
         shutil.rmtree(scratch, ignore_errors=True)
         trained = time.monotonic() - begin
-        self._measured(
-            self._path(one), net.build(one, getattr(torch, recipe.base.dtype)), rows, placement=one, seconds=trained
-        )
+        hybrid = net.build(one, getattr(torch, recipe.base.dtype))
+        more = {"placement": one, "seconds": trained, "tokens": recipe.train.tokens}
+        self._measured(self._path(one), hybrid, rows, **more)
         kept = [layer for layer, name in enumerate(one) if name == "attn"]
         print(f"distilled {kept}: {trained:.1f} s, measured in {time.monotonic() - begin - trained:.1f} s", flush=True)
 
@@ -349,6 +356,13 @@ class Bench:
             ]
         for name, asked in rows["tasks"].items():
             found[name] = suite.outputs(load_task(name), model, tokenizer, asked, name)
+        for objective, tasks in ANSWERED.items():  # on test files, where the search has the validation files
+            own = [
+                {"id": f"{task}-{row['id']}", "nll": -row["loglikelihoods"][row["gold"]]}
+                for task in tasks
+                for row in found.get(task, [])
+            ]
+            found |= {f"objective {objective}": own} if own else {}
         write_json(path, more | {"outputs": found, "seed": self.seed})
 
     def _score_all(self, kind: str) -> None:

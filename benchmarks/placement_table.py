@@ -3,7 +3,7 @@
     python benchmarks/placement_table.py [KEPT]
 
 Writes benchmarks/results/placement-h100.json, and docs/placement-heat.svg, placement-budgets.svg and
-placement-layers.svg; where $OUT names another file of results, that one and the figures beside it. KEPT is
+placement-layers.svg; all of them into the folder $OUT where that is set. KEPT is
 runs/placement unless given. What is not there yet is left out.
 
 The rows, by their `kind`. A loss or score is in nats a token and less is better, unless its metric says otherwise.
@@ -46,7 +46,7 @@ from postnas.search.scores import combine
 from postnas.search.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "benchmarks" / "results" / "placement-h100.json"
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
 COMMAND = "python benchmarks/placement_h100.py align search distil && python benchmarks/placement_table.py"
 Row = dict[str, Any]
 
@@ -244,6 +244,8 @@ class Seed:
                 yield row | {"distilled": False} | _score("knowledge", "nll", both, [1, -1])
             if self.measured.keys() >= {before, tuple(after)}:
                 for task, metric in (("knowledge", "nll"), ("retrieval", "nll"), ("kl", "kl")):
+                    if (task, metric) not in self.measured[before]:
+                        continue
                     both = [self.measured[one][task, metric] for one in (before, tuple(after))]
                     yield row | {"distilled": True} | _score(task, metric, both, [1, -1])
 
@@ -386,12 +388,12 @@ def _lines(rows: Sequence[Row], names: Mapping[str, str]) -> dict[str, list[plac
 
 
 def main() -> int:
-    out = Path(os.environ.get("OUT", OUT))
+    results, docs = (Path(os.environ.get("OUT", folder)) for folder in (RESULTS, DOCS))
     try:
         result = table(Path(sys.argv[1]) if len(sys.argv) > 1 else KEPT)
-        write_text(out, text(result))
+        write_text(results / "placement-h100.json", text(result))
         for name, svg in figures(result["rows"]).items():
-            write_text((out.parent if "OUT" in os.environ else ROOT / "docs") / name, svg)
+            write_text(docs / name, svg)
     except UserError as error:
         print(f"placement_table: {error}", file=sys.stderr)
         return 2

@@ -220,7 +220,9 @@ def placed(result: dict[str, Any]) -> str:
             cells = [_placed(row, text, field) for row, (_, text) in zip(rows, PLACED.values())]
             count = max((row["n"] if row["kind"] == "mean" else 1 for row in shown), default=0)
             lines += [_line([name, *cells, str(count)])] if shown else []
-        parts.append((f"{title}:\n\n" if title else "") + "\n".join(lines))
+        if len(lines) > 2:
+            parts.append((f"{title}:\n\n" if title else "") + "\n".join(lines))
+    parts = parts or ["No figures yet: no placement was distilled."]
     if any(row["kind"] == "search" for row in result["rows"]):
         parts.append("![Loss by budget, a line a strategy](placement-budgets.svg)")
         parts.append("![Layers that each strategy keeps on attention](placement-layers.svg)")

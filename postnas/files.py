@@ -134,7 +134,7 @@ def read_json(path: str | Path) -> Any:
 def read_jsonl(path: str | Path) -> list[Any]:
     """One value a line; a last line that a killed process left unfinished is dropped.
 
-    Raises UserError where the file is there and cannot be read.
+    Raises UserError where the file is there and cannot be read, or another line is no JSON.
     """
     path = Path(path)
     if not path.exists():
@@ -144,11 +144,12 @@ def read_jsonl(path: str | Path) -> list[Any]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it, or choose another run") from error
-    for line in lines:
+    for number, line in enumerate(lines, 1):
         try:
             values.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: is no JSON; remove the line, or the file") from error
     return values
 
 

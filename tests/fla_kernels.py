@@ -168,9 +168,11 @@ def chunk_rwkv7(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    lower_bound: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     alike(r, k, v, a, b)
     precise(w)
+    assert lower_bound is None or w.min() > lower_bound
     return sequences(scale, cu_seqlens, initial_state, output_final_state, r=r, w=w, k=k, v=v, a=a, b=b)
 
 

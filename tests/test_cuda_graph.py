@@ -16,7 +16,7 @@ from postnas.data import Tokens
 from postnas.models.checkpoint import load_base
 from postnas.models.supernet import MixedLayer, Supernet
 from postnas.ops import fla
-from postnas.ops.cuda_graph import Differentiable, Replayed
+from postnas.ops.cuda_graph import Differentiable, Replayed, _difference
 from postnas.recipe import Train
 from postnas.search.gates import SoftNet, minibatches
 from postnas.search.objectives import Objective
@@ -240,3 +240,23 @@ def test_a_mixed_layer_is_the_sum_of_its_mixers(tmp_path: Path) -> None:
         x = decoder.input_layernorm(h)
         halves = 0.5 * mixers[0](x, step)[0] + 0.5 * mixers[1](x, step)[0]
         torch.testing.assert_close(both(h, torch.tensor([0.5, 0.5])), decoder.finish(h, halves), rtol=2e-2, atol=2e-2)
+
+
+def test_what_the_comparison_of_a_graph_sees() -> None:
+    output, gradients = (
+        torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0)),
+        [torch.ones(1000), torch.ones(2)],
+    )
+    output[0, 0] *= 1e4  # one token that is larger than all others together
+    assert _difference(output, output, gradients, gradients) is None
+    assert _difference(output, output, [], []) is None
+    other = output.clone()
+    other[:, 4:] *= 1.1
+    assert _difference(other, output, gradients, gradients) is not None
+    for wrong in (torch.full((2,), float("nan")), torch.tensor([1.0, 1.1])):
+        assert _difference(output, output, [gradients[0], wrong], gradients) is not None
+    assert _difference(output, output, [gradients[0], None], gradients) is not None
+    assert _difference(output, output, gradients, [gradients[0], None]) is not None
+    tiny = torch.full((2,), 1e-6)  # rounding, beside the others
+    assert _difference(output, output, [gradients[0], tiny], [gradients[0], 2 * tiny]) is None
+    assert _difference(torch.tensor(float("nan")), torch.tensor(1.0), [], []) is not None

@@ -92,13 +92,13 @@ def test_rwkv7_is_the_papers() -> None:
     """Equations of the paper's time mix, one after the other, without the mixing of v across layers."""
     mixer, x = made("rwkv7", expand_v=1.5, decay_rank=3, rate_rank=5, gate_rank=7), tokens(20)
     shift = before(x)
-    x_r, x_w, x_k, x_v, x_a, x_g = (torch.lerp(x, shift, mix) for mix in mixer.mixes)
+    x_r, x_w, x_k, x_v, x_a, x_g = (torch.lerp(x, shift, mix) for mix in mixer.mixes.unflatten(0, (6, -1)))
 
     def low(part: Any, inner: Tensor) -> Tensor:
         up = inner @ part.up.weight.T
         return up if part.up.bias is None else up + part.up.bias
 
-    r, k, v = mixer.q_proj(x_r), mixer.k_proj(x_k), mixer.v_proj(x_v)
+    r, k, v = mixer.q_proj(x_r) * mixer.key_dim**-0.5, mixer.k_proj(x_k), mixer.v_proj(x_v)
     w = -torch.exp(torch.tensor(-0.5)) * torch.sigmoid(low(mixer.w_proj, torch.tanh(x_w @ mixer.w_proj.down.weight.T)))
     rate = torch.sigmoid(low(mixer.a_proj, x_a @ mixer.a_proj.down.weight.T))
     gate = low(mixer.g_proj, torch.sigmoid(x_g @ mixer.g_proj.down.weight.T))
@@ -107,7 +107,7 @@ def test_rwkv7_is_the_papers() -> None:
     removal = removal / (removal.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     o, _ = naive_rwkv7(r, w, k, v, -removal, removal * rate, zeros(mixer, 2))
     even = (o - o.mean(-1, keepdim=True)) / (o.var(-1, keepdim=True, unbiased=False) + 1e-5 * mixer.value_dim).sqrt()
-    bonus = (r * mixer.r_k * k).sum(-1, keepdim=True) * v
+    bonus = (r * mixer.r_k.view(r.shape[-2:]) * k).sum(-1, keepdim=True) * v
     y = even.flatten(2) * mixer.o_norm.weight + mixer.o_norm.bias + bonus.flatten(2)
     torch.testing.assert_close(mixer(x, plain_step(x))[0], mixer.o_proj(y * gate), rtol=0, atol=1e-7)
 

@@ -373,3 +373,21 @@ def test_the_attention_is_not_touched() -> None:
     before = fingerprint(attention)
     inherited(attention, head_dim=3, sample=sample_of(attention))
     assert fingerprint(attention) == before
+
+
+@pytest.mark.parametrize("block", linear_blocks())
+def test_extra_value_channels_come_apart_in_training(block: str) -> None:
+    """A pair of mirrored channels has mirrored gradients for ever, unless v is squashed between them."""
+    attention = attention_of()
+    x, y = sample_of(attention)
+    mixer = inherited(attention, block, expand_v=2.0, start="plus_minus", sample=(x, y)).requires_grad_(True)
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=1e-2)
+    for _ in range(3):
+        ((mixer(x, plain_step(x))[0] - y) ** 2).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    size = attention.dims.head_dim
+    v = mixer.v_proj.weight.unflatten(0, (mixer.heads, -1))
+    o = mixer.o_proj.weight.unflatten(1, (mixer.heads, -1))
+    for near, far in ((v[:, :size], v[:, size:]), (o[..., :size], o[..., size:])):
+        assert float((near + far).norm() / near.norm()) > 1e-3

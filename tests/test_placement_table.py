@@ -340,7 +340,7 @@ def test_the_file_has_a_row_a_line(result: dict[str, Any]) -> None:
 
 
 def test_main_writes_beside_out(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path / "placement-h100.json"))
+    monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["placement_table.py", str(folder)])
     before = sorted((ROOT / "docs").iterdir())
     assert table.main() == 0
@@ -393,10 +393,10 @@ def test_what_is_not_there_yet_is_left_out(folder: Path, tmp_path: Path) -> None
 def test_nothing_kept_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path / "out.json"))
+    monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr(sys, "argv", ["placement_table.py", str(tmp_path)])
     assert table.main() == 2
-    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "out.json").exists()
+    assert capsys.readouterr().err.count("\n") == 1 and not (tmp_path / "placement-h100.json").exists()
 
 
 def test_a_seed_must_say_what_it_was_measured_on(folder: Path, tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ SLOWEST, FASTEST = 1e-3, 1e-1
 class GLAOptions(LinearOptions):
     """Options of gated linear attention; None means: as in the base's attention."""
 
+    expand_v: float = 2.0
+    """Value dim as a multiple of the key dim, cut to a whole number; 2 as in the paper."""
     rank: int = 16
     """Inner width of the decay's projection."""
 
@@ -40,12 +42,13 @@ class GLA(LinearMixer):
     """S <- exp(g) S + k v^T, o = K^-0.5 S^T q, with g = log sigmoid(W2 W1 x + b) / 16 a key channel; then
     W_o(RMSNorm(o) * SiLU(W_g x)).
 
-    q, k, v and o are attention's; nothing convolves, nothing is squashed. Left out: nothing of the paper but its
-    sizes, K = V / 2. A q/k norm of the base comes along as its weight only: its division has no place here, so keys of
+    q, k, v and o are attention's; nothing convolves, nothing is squashed. The paper's norm is a LayerNorm a head, and its
+    output gate has a bias; here both are as in the other blocks. A q/k norm of the base comes along as its weight only: its division has no place here, so keys of
     different lengths weigh differently.
     """
 
     Options = GLAOptions
+    squashes_values = False
     options: GLAOptions
 
     def __init__(self, dims: Dims, options: GLAOptions) -> None:

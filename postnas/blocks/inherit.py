@@ -39,17 +39,20 @@ def inherit(
     - Value dim below the head dim: v and o become the leading singular directions of W_o W_v. Above:
       extra rows are small random (`random`), or the same rows and output columns with the opposite
       sign and equal gates (`plus_minus`): SiLU(v) - SiLU(-v) = v, so values pass linearly; rows beyond
-      twice the head dim are small random again.
+      twice the head dim are small random again. Blocks that do not squash v start `random` in either case.
     - Where heads share q and k (mamba2's groups), these become the leading singular directions of the sum of
       W_q^T W_k over the source heads.
     - The convolution is the identity; gates start as the block's own `start_gates` says: a slow decay, and an
       output gate that is nearly 1 where that can be had from `sample`. o_norm, where the block has one, is the
       least-squares fit to the attention's output.
 
+    A bias of attention's output is left out: no block has one.
+
     sample: the attention's input and output x, y [N, T, hidden] on a few thousand tokens; without it
     gates start random and o_norm at one. seed: of everything random here; what the block itself drew when it
     was made (a kernel generator's w1) stays.
     """
+    start = start if mixer.squashes_values else "random"
     generator = torch.Generator().manual_seed(seed)
     dims = attention.dims
     group = dims.heads // dims.kv_heads

@@ -61,6 +61,9 @@ class LinearMixer(nn.Module):
     """
 
     State = LinearState
+    squashes_values = True
+    """Whether v goes through SiLU, so that a row and its negative are two features. Where it does not, a pair of them
+    has mirrored gradients and stays one feature for ever: `plus_minus` is then `random`."""
     conv_channels = 0
     """Channels whose last inputs are remembered; each block sets its own."""
     g_proj: Any

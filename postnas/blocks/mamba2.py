@@ -30,7 +30,7 @@ class Mamba2Options(LinearOptions):
     """
 
     expand_v: float = 2.0
-    """Value dim as a multiple of the key dim (the state dim), cut to a whole number; 2 as in the paper."""
+    """Value dim as a multiple of the key dim (the state dim), cut to a whole number; 2 as in the other blocks."""
     n_groups: int | None = None
     """Heads of q (C) and k (B), shared by equal runs of value heads; None gives each head its own."""
     conv_size: int = 4

@@ -52,6 +52,7 @@ class Mamba3(LinearMixer):
     """
 
     Options = Mamba3Options
+    squashes_values = False
     options: Mamba3Options
 
     def __init__(self, dims: Dims, options: Mamba3Options) -> None:

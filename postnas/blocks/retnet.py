@@ -24,14 +24,16 @@ class RetNetOptions(LinearOptions):
 
 
 class RetNet(LinearMixer):
-    """S <- (1 - 2^(-5-h)) S + k v^T, o = K^-0.5 S^T q for head h = 0, 1, ...; then W_o(RMSNorm(o) * SiLU(W_g x)).
+    """S <- (1 - 2^-e) S + k v^T, o = K^-0.5 S^T q, a head's e from 5 to 12; then W_o(RMSNorm(o) * SiLU(W_g x)).
 
-    q, k, v and o are attention's. Left out: the rotary embedding of q and k (xPos), as in all linear blocks here, since
-    the state knows no positions; and the paper's scaling of scores by their sums, which the norm undoes but for its
-    epsilon. A q/k norm of the base comes along as its weight only.
+    q, k, v and o are attention's. With 8 heads e is 5 + h, as in the paper; with more it is spread over the same range,
+    since a head of e = 20 would forget nothing. Left out: the rotary embedding of q and k (xPos), as in all linear
+    blocks here, so that nothing but the decay tells positions apart; and the paper's scaling of scores by their sums,
+    which the norm undoes but for its epsilon. A q/k norm of the base comes along as its weight only.
     """
 
     Options = RetNetOptions
+    squashes_values = False
 
     def __init__(self, dims: Dims, options: RetNetOptions) -> None:
         super().__init__(dims, options)
@@ -64,7 +66,8 @@ class RetNet(LinearMixer):
 
 
 def log_decays(heads: int, like: Tensor) -> Tensor:
-    """log(1 - 2^(-5-h)) of each head [heads], in float32, or in float64 where `like` is; made anew each time, so that
-    a model in bfloat16 does not round them."""
+    """log(1 - 2^-e) of each head [heads], in float32, or in float64 where `like` is; made anew each time, so that a
+    model in bfloat16 does not round them."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.log1p(-torch.exp2(-5.0 - torch.arange(heads, dtype=dtype, device=like.device)))
+    step = min(1.0, 7 / max(1, heads - 1))
+    return torch.log1p(-torch.exp2(-5.0 - step * torch.arange(heads, dtype=dtype, device=like.device)))

@@ -77,13 +77,15 @@ class RWKV7(LinearMixer):
     Each projection reads its own mix of the token and the one before it. After the rule: a norm a head, plus the bonus
     (r . r_k k) v of the token itself, times a low-rank gate, and W_o.
 
-    From attention: W_q is that of the receptance (`q_proj`), W_k, W_v and W_o keep their places. The token shift
+    From attention: W_q is that of the receptance (`q_proj`), which is scaled by K^-0.5 as queries are; W_k, W_v and W_o
+    keep their places. The token shift
     starts as the identity (each mix 0: the token itself), the bonus at 0, the write and removal strengths at 1/2, and
     all channels of a head with the same slow decay. Left out: the mixing of v with the first layer's, since a mixer
     here knows no other layer; attention's rotary embedding; of attention's q/k norm all but its weight.
     """
 
     Options = RWKV7Options
+    squashes_values = False
     options: RWKV7Options
     g_proj: LowRank
 
@@ -96,10 +98,10 @@ class RWKV7(LinearMixer):
         self.g_proj = LowRank(dims.hidden, options.gate_rank, values, bias=False, between=torch.sigmoid)
         self.o_proj = nn.Linear(values, dims.hidden, bias=False)
         self.o_norm = HeadNorm(self.heads, self.value_dim, options.norm_eps * self.value_dim)
-        self.mixes = nn.Parameter(torch.empty(MIXES, dims.hidden))
+        self.mixes = nn.Parameter(torch.empty(MIXES * dims.hidden))
         self.k_k = nn.Parameter(torch.empty(keys))
         self.k_a = nn.Parameter(torch.empty(keys))
-        self.r_k = nn.Parameter(torch.empty(self.heads, self.key_dim))
+        self.r_k = nn.Parameter(torch.empty(keys))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -134,8 +136,9 @@ class RWKV7(LinearMixer):
             return channels.unflatten(-1, (self.heads, -1))
 
         change = self.shifted(x, step, state) - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, mix, change) for mix in self.mixes.to(x.dtype))
-        r, v = by_head(self.q_proj(x_r)), by_head(self.v_proj(x_v))
+        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, mix, change) for mix in self.mixes.to(x.dtype).unflatten(0, (MIXES, -1)))
+        # At the size that attention's queries have, the bonus alone would make up the gradient's norm.
+        r, v = by_head(self.q_proj(x_r)) * self.key_dim**-0.5, by_head(self.v_proj(x_v))
         k, rate = widened(self.k_proj(x_k)), torch.sigmoid(widened(self.a_proj(x_a)))
         removal = by_head(k * widened(self.k_k))
         removal = removal * torch.rsqrt(removal.square().sum(-1, keepdim=True) + 1e-6)
@@ -152,7 +155,7 @@ class RWKV7(LinearMixer):
         )
         if state is not None:
             state.store(recurrent=recurrent)
-        bonus = (widened(r) * k * widened(self.r_k)).sum(-1, keepdim=True).to(v.dtype) * v
+        bonus = (widened(r) * k * by_head(widened(self.r_k))).sum(-1, keepdim=True).to(v.dtype) * v
         return self.o_proj((self.o_norm(o) + bonus.flatten(2)) * self.g_proj(x_g)), state
 
     def shifted(self, x: Tensor, step: Step, state: LinearState | None) -> Tensor:

@@ -78,7 +78,8 @@ def rwkv7(
 ) -> tuple[Tensor, Tensor]:
     """RWKV-7's rule: S <- diag(exp(w)) S + b (a^T S) + k v^T;  o = S^T r.
 
-    r, k, a, b: [B, T, H, K], any float type, taken as they are. w: [B, T, H, K], the log of the decay, <= 0.
+    r, k, a, b: [B, T, H, K], any float type, taken as they are. w: [B, T, H, K], the log of the decay, <= 0; fla's
+    kernel takes it to be above -0.61, as the block's is.
     v: [B, T, H, V]. state, segments, the results and when fla is taken: as in `kda`. A token with w = 0, k = 0 and
     b = 0 leaves the state as it was.
     """

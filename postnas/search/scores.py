@@ -54,8 +54,10 @@ class Scored:
         self.names, self.path, self.key = sorted(names), path, key
         self.known: dict[Names, Rows] = {}
         for record in read_jsonl(path):
+            if not isinstance(record, dict) or not record.keys() >= {"key", "placement", "rows"}:
+                raise UserError(f"{path}: holds a line that is no score; remove the line, or the file")
             if record["key"] == key:
-                self.known.setdefault(tuple(record["placement"]), {}).update(record.get("rows", {}))
+                self.known.setdefault(tuple(record["placement"]), {}).update(record["rows"])
 
     def __call__(self, placement: Placement) -> Values:
         """The values of one placement, as `several` gives them."""
@@ -196,11 +198,11 @@ class Scorer(Scored):
     def _layer(self, at: Part, layer: int, name: str) -> Replayed:
         """One layer with one mixer on one part, which is run for every placement that has it: on a GPU a graph."""
         if (at, layer, name) not in self.layers:
-            step = self.steps[at]
+            net, step = self.supernet, self.steps[at]  # not self: in a circle, all states would stay in memory
             row = ["" if index != layer else name for index in range(self.supernet.layers)]
 
             def work(h: Tensor) -> Tensor:
-                return self.supernet.run(h, step, row, start=layer, stop=layer + 1)
+                return net.run(h, step, row, start=layer, stop=layer + 1)
 
             self.layers[at, layer, name] = Replayed(work, warm_up=1, shared=self.memory.get(at))
         return self.layers[at, layer, name]

@@ -162,6 +162,7 @@ def align_candidates(
     for block, mixers in candidates.items():
         for layer, mixer in mixers.items():
             write_candidate(candidate_path(run, block, layer), mixer, keys[block][layer])
+    parallel.barrier()  # nobody reads before all are written
 
 
 def write_candidate(path: Path, mixer: nn.Module, key: dict[str, Any]) -> None:
@@ -192,7 +193,7 @@ def _stored_key(path: Path, base: str) -> dict[str, Any]:
 def load_candidates(base: HybridForCausalLM, align: Align, run: Path, keys: Keys) -> dict[str, dict[int, nn.Module]]:
     """The candidates in run/candidates, in float32 on the base's device.
 
-    Raises UserError for one that is missing, cut off, or aligned to another base.
+    Raises UserError for one that is missing, cut off, aligned to another base, or made otherwise than its key says.
     """
     device = base.lm_head.weight.device
     candidates: dict[str, dict[int, nn.Module]] = {block: {} for block in keys}
@@ -202,7 +203,8 @@ def load_candidates(base: HybridForCausalLM, align: Align, run: Path, keys: Keys
             path = candidate_path(run, block, layer)
             if not path.exists():
                 raise UserError(f"{path}: is not there; align again")
-            _stored_key(path, key["base"])
+            if not stored_key_fits(run, key):
+                raise UserError(f"{path}: was made by another recipe; align again")
             mixer.load_state_dict(read_tensors(path))
             candidates[block][layer] = mixer.to(device)
     return candidates

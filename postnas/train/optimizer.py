@@ -23,9 +23,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def make_optimizer(parameters: list[nn.Parameter], lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with betas 0.9 and 0.95; decay falls on matrices only, not on norms, biases and decays."""
+    """AdamW with betas 0.9 and 0.95; decay falls on matrices only, not on norms, biases, decays and convolutions."""
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim == 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
