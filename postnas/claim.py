@@ -11,8 +11,9 @@ import yaml
 from postnas.errors import UserError
 from postnas.files import write_text
 from postnas.recipe import Recipe, Text, differences
+from postnas.trials import TRIALS
 
-AGAIN = {"place", "evaluate", "bench"}
+AGAIN = {"place", *TRIALS, "evaluate", "bench"}
 """The stages that may be asked again, by themselves, with other settings."""
 
 
@@ -31,8 +32,9 @@ def differing(recipe: Recipe, done: dict[str, Any], only: str | None = None) -> 
 
     done: the stages that are done, as in stages.json. only: the stage that is asked by itself.
     Only what has been used already must stay as it was: the base and the text once they are tokenised, a stage's
-    own section once it has begun. `place`, `evaluate` and `bench` may be asked again by themselves with other
-    settings, `place` until training has begun. Raises UserError for a change of anything else.
+    own section once it has begun. `place`, `select`, `design`, `size`, `evaluate` and `bench` may be asked again by
+    themselves with other settings, the first four until training has begun. Raises UserError for a change of
+    anything else.
     """
     folder = Path(recipe.out)
     path = folder / "recipe.yaml"
@@ -90,5 +92,5 @@ def _fixed(folder: Path, done: dict[str, Any], only: str | None) -> set[str]:
     if (folder / "candidates").exists() or any(name.startswith("align") for name in checkpoints):
         fixed |= {"align", "paths", "compute", "device", "threads"}
     if "train" in done or {"train", "stage2"} & set(checkpoints):
-        fixed |= {"place", "train", "stage2"}
+        fixed |= {"place", *TRIALS, "train", "stage2"}
     return fixed | (AGAIN & set(done) - {only})

@@ -43,6 +43,21 @@ def place(recipe: Recipe, solve: bool = False) -> None:
     _stage(recipe, "place", solve)
 
 
+def select(recipe: Recipe) -> None:
+    """Find which linear block suits the placement best, each trained alike."""
+    _stage(recipe, "select")
+
+
+def design(recipe: Recipe) -> None:
+    """Find which options of the block are best, each variant trained alike."""
+    _stage(recipe, "design")
+
+
+def size(recipe: Recipe) -> None:
+    """Find which heads and dims are best at one size of the cache, on the device at hand."""
+    _stage(recipe, "size")
+
+
 def train(recipe: Recipe) -> None:
     """Distil the placed hybrid from its base and write the model folder."""
     _stage(recipe, "train")
@@ -131,84 +146,13 @@ def warm(recipe: Recipe) -> None:
     """Compile and try the GPU kernels of a recipe's linear blocks, so that its run begins at once."""
     import torch
 
-    from postnas.pipeline import check
+    from postnas.check import check
+    from postnas.warm import warm_layers
 
     check(recipe)
     if not torch.cuda.is_available():
         raise UserError("device: there is no GPU here, and on a CPU there is nothing to warm; leave this out")
-    _warm(recipe, "cuda")
-
-
-def _warm(recipe: Recipe, device: str) -> None:
-    import torch
-
-    from postnas.blocks import make_block
-    from postnas.models.checkpoint import base_config
-    from postnas.ops import fla
-
-    config = base_config(recipe.base.model)
-    for name in recipe.align.blocks:
-        with torch.device(device):
-            block = make_block(name, config.dims(), recipe.align.options.get(name))
-        seconds = _warm_training(block, getattr(torch, recipe.compute), recipe.data.borders)
-        borders = " with a border" if recipe.data.borders else ""
-        print(f"warm: {name}: one layer learnt from 128 tokens{borders} in {recipe.compute}: {seconds:.1f} s")
-        for dtype in sorted({recipe.compute, recipe.base.dtype}):
-            seconds = _warm_reading(block.to(getattr(torch, dtype)))
-            print(f"warm: {name}: one layer in {dtype} read 128 tokens and made one: {seconds:.1f} s")
-    # The layers themselves asked for the rules they need, at the shapes that the run will ask for.
-    for shape, kernel in fla.asked.items():
-        use = f"{'training' if shape.gradients else 'prefill'}{' with borders' if shape.packed else ''}"
-        sizes = f"{shape.heads} heads of {shape.key_dim} x {shape.value_dim}"
-        found = "the plain form" if kernel is None else "fla is right" if kernel == shape.rule else f"fla as {kernel}"
-        print(f"warm: {shape.rule}: {use} in {shape.dtype}, {sizes}: {found}")
-    if not fla.asked:
-        print("warm: no layer asked for fla's kernels, which take 16-bit types only")
-    print("warm: all at batch 1; kernels that other batch sizes need differently are compiled at their first use")
-
-
-def _warm_training(block: Any, compute: Any, borders: bool) -> float:
-    """Seconds of a pass and its backward over 128 tokens, in two sequences or one, as training does them."""
-    import time
-
-    import torch
-
-    from postnas.train.loop import autocast
-
-    weight, begin = block.o_proj.weight, time.monotonic()
-    segments = (torch.arange(128, device=weight.device) >= 70).int()[None] if borders else None
-    with autocast(weight.device, compute):
-        y, _ = block(torch.randn(1, 128, block.dims.hidden).to(weight), _warm_step(128, weight.device, segments))
-    y.float().square().mean().backward()
-    block.zero_grad()
-    if weight.is_cuda:
-        torch.cuda.synchronize(weight.device)
-    return time.monotonic() - begin
-
-
-def _warm_reading(block: Any) -> float:
-    """Seconds of a prefill of 128 tokens and a decode step by the block, in its own type on its own device."""
-    import time
-
-    import torch
-
-    weight = block.o_proj.weight
-    x, state, begin = torch.randn(1, 128, block.dims.hidden).to(weight), block.State(), time.monotonic()
-    with torch.no_grad():
-        for part in (x, x[:, :1]):
-            block(part, _warm_step(part.shape[1], weight.device), state)
-    if weight.is_cuda:
-        torch.cuda.synchronize(weight.device)
-    return time.monotonic() - begin
-
-
-def _warm_step(tokens: int, device: Any, segments: Any = None) -> Any:
-    from postnas.blocks.step import Step
-
-    def no_rope(kind: str) -> Any:
-        raise AssertionError(f"a linear block asked for the RoPE of {kind}")
-
-    return Step(1, tokens, device, no_rope, segments=segments)
+    warm_layers(recipe, "cuda")
 
 
 def compare(folders: list[Path], out: Path | None = None) -> None:
@@ -337,11 +281,13 @@ def plan(
     train_tokens: str = "1B",
     tokens_per_s: float | None = None,
     length: str = "2k",
+    measured: Path | None = None,
+    config: str | None = None,
 ) -> None:
-    """Tell what a hybrid will cost and win, before anything is downloaded but a config.
+    """Tell what a hybrid or a recipe will cost, before anything is downloaded but a config.
 
     Args:
-        model: A hub id, a folder or a config.json.
+        model: A hub id, a folder or a config.json. Or a recipe, RECIPE.yaml: it says all but the GPU.
         context: Tokens of a sequence; 64k is 65,536.
         gpu: Whose bandwidth and arithmetic the rooflines take.
         block: The linear block.
@@ -350,10 +296,23 @@ def plan(
         train_tokens: Tokens of each stage of distillation; 1B and 1e9 are the same.
         tokens_per_s: What every stage is taken to run at; 40% of the GPU's peak where left out.
         length: Tokens of a training sequence.
+        measured: What benchmarks/dry_run_h100.py wrote: a recipe's stages are taken to run at the tokens/s in it.
+        config: The config.json of a recipe's base, where its hub cannot be asked.
     """
     from postnas.search.plan import plan as make_plan
+    from postnas.search.plan import plan_recipe, recipe_in
 
-    print(make_plan(model, context, gpu, block, batch, align_tokens, train_tokens, tokens_per_s, length))
+    if Path(model).suffix not in (".yaml", ".yml"):
+        if measured is not None or config is not None:
+            raise UserError(f"model: {model!r} is no recipe, which --measured and --config go with; give RECIPE.yaml")
+        print(make_plan(model, context, gpu, block, batch, align_tokens, train_tokens, tokens_per_s, length))
+        return
+    given = (context, block, batch, align_tokens, train_tokens, tokens_per_s, length)
+    if given != ("64k", "jet", 1, "6M", "1B", None, "2k"):
+        raise UserError(
+            f"model: {model!r} is a recipe, beside which --gpu, --measured and --config go; leave others out"
+        )
+    print(plan_recipe(recipe_in(Path(model)), measured, gpu, config))
 
 
 COMMANDS: dict[str, Any] = {
@@ -361,6 +320,9 @@ COMMANDS: dict[str, Any] = {
     "plan": plan,
     "align": align,
     "place": place,
+    "select": select,
+    "design": design,
+    "size": size,
     "train": train,
     "eval": evaluate,
     "bench": bench,

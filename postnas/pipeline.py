@@ -2,155 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
 import resource
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from postnas.blocks import linear_blocks, make_block
+from postnas.check import check, check_base
 from postnas.claim import AGAIN, claim, differing
-from postnas.data import Tokens, load_tokenizer, prepare
 from postnas.errors import UserError
-from postnas.evaluate import suite
-from postnas.evaluate.verdict import check_text, evaluate
+from postnas.evaluate.verdict import evaluate
 from postnas.files import locked, read_json, read_jsonl, replacing, write_json, write_text
 from postnas.generate.throughput import measure
-from postnas.models.checkpoint import base_folder, load_base
 from postnas.models.load import load
-from postnas.models.model import HybridForCausalLM
-from postnas.models.supernet import Supernet
 from postnas.recipe import STAGES, Recipe
 from postnas.report.card import model_card
 from postnas.report.html import write_report
-from postnas.search import objectives
-from postnas.search.placement import place
-from postnas.search.scores import Scored, Scorer
-from postnas.search.strategies import STRATEGIES
-from postnas.search.windows import window_candidates
+from postnas.run import Run
+from postnas.search import blocks, objectives, sizes
+from postnas.search.speed import device_name
+from postnas.search.variants import Row, searched_rows
 from postnas.train import parallel
-from postnas.train.align import Keys, align_candidates, candidate_keys, digest, load_candidates, stored_key_fits
+from postnas.train.align import align_candidates, digest, stored_key_fits
 from postnas.train.distill import train_all, train_mixers
-from postnas.train.paths import load_paths, path_keys, train_paths
-
-MADE = "made.json"
-GATES = "checkpoints/gates"
-"""Files and folders of a run directory that more than one function names."""
-
-
-@dataclass
-class Run:
-    """One run directory and what its stages share, loaded when first asked for."""
-
-    recipe: Recipe
-    solve: bool = False
-    """Placements are found from the scores that are there, without a model."""
-
-    @property
-    def folder(self) -> Path:
-        return Path(self.recipe.out)
-
-    @cached_property
-    def device(self) -> torch.device:
-        if self.recipe.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device: 'cuda' is not there on this machine; choose cpu or auto")
-        if self.recipe.device == "cpu" or not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-
-    @cached_property
-    def compute(self) -> torch.dtype:
-        return getattr(torch, self.recipe.compute)
-
-    @cached_property
-    def base_path(self) -> Path:
-        return base_folder(self.recipe.base.model, self.recipe.base.sha256)
-
-    @cached_property
-    def base(self) -> HybridForCausalLM:
-        base: Any = load_base(str(self.base_path), dtype=getattr(torch, self.recipe.base.dtype))
-        return base.to(self.device)
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        return load_tokenizer(self.base_path)
-
-    @cached_property
-    def tokens(self) -> tuple[Tokens, Tokens]:
-        """Training and held-out tokens. The first half of those held out is measured on, the second searched on."""
-        return prepare(self.recipe.data, self.tokenizer, self.folder / "data")
-
-    @cached_property
-    def keys(self) -> Keys:
-        """What each candidate is made from."""
-        recipe, data = self.recipe, hashlib.sha256(self.tokens[0].ids.tobytes()).hexdigest()
-        if recipe.data.repeat:
-            data = digest(data, recipe.data.repeat)
-        return candidate_keys(self.base, recipe.align, data, recipe.seed, self.compute, recipe.data.borders)
-
-    @cached_property
-    def supernet(self) -> Supernet:
-        """The base with its candidates: the aligned ones, or where there are such, those that learnt inside paths."""
-        net = load_paths(self.aligned(), self.folder, self.made) if self.recipe.paths.tokens else self.aligned()
-        if self.recipe.place.windows:
-            net.candidates["swa"] = window_candidates(self.base, self.recipe.place.window)
-        return net
-
-    def aligned(self) -> Supernet:
-        """The base with its aligned candidates."""
-        return Supernet(self.base, load_candidates(self.base, self.recipe.align, self.folder, self.keys))
-
-    @cached_property
-    def made(self) -> Keys:
-        """What the candidates that are placed are made from."""
-        recipe = self.recipe
-        if not recipe.paths.tokens:
-            return self.keys
-        return path_keys(self.keys, recipe.paths, recipe.seed, self.compute, recipe.data.borders)
-
-    @cached_property
-    def described(self) -> dict[str, Any]:
-        """What made.json holds: by this scores are told apart, also where no model is loaded."""
-        return {"attention": self.base.config.placement, "candidates": self.made}
-
-    def describe(self) -> None:
-        """Keep what the candidates are made from."""
-        path = self.folder / MADE
-        if parallel.rank() == 0 and not (path.exists() and read_json(path) == self.described):
-            write_json(path, self.described)
-
-    @cached_property
-    def placed(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `place` finds: the contents of scores.json and placement.json."""
-        recipe, settings, path = self.recipe, self.recipe.place, self.folder / MADE
-        if self.solve and not path.exists():
-            raise UserError(f"{path}: is not there; leave --solve out once")
-        made = read_json(path) if self.solve else self.described
-        key = digest(made["candidates"], settings.tokens, recipe.seed, *([settings.window] if settings.windows else []))
-        scores = self.folder / "scored.jsonl"
-        if self.solve:
-            scorer = Scored(objectives.members(settings.objectives), scores, key)
-        else:
-            scorer = Scorer(self.supernet, self.scored_on, scores, self.compute, key)
-        return place(scorer, made["attention"], settings, recipe.seed, self.folder / GATES)
-
-    @cached_property
-    def scored_on(self) -> dict[str, objectives.Objective]:
-        """The rows of each objective; those of text are from the held-out half that nothing else is measured on."""
-        place = self.recipe.place
-        return objectives.make(place.objectives, self.tokens[1].half(1), self.tokenizer, place.tokens, self.recipe.seed)
-
-    def placement(self) -> list[str]:
-        return read_json(self.folder / "placement.json")["placement"]
+from postnas.train.paths import train_paths
+from postnas.trials import TRIALS
 
 
 def run(recipe: Recipe, only: str | None = None, solve: bool = False) -> Path:
@@ -182,11 +63,11 @@ def _run(state: Run, only: str | None) -> None:
         _ = state.placed
     if lead:
         claim(recipe, done, only)
-        if only in AGAIN and done.pop(only, None) is not None:
+        if [stage for stage in _reopened(only) if done.pop(stage, None) is not None]:
             write_json(done_file, done)  # a stage that is asked for again counts as open until it has ended
         if "align" in wanted:
-            check_base(state)
-        elif "place" in wanted and not state.solve:
+            check_base(recipe, state.base.config, state.tokens, state.tokenizer)
+        if ("align" in wanted and "place" in recipe.stages) or ("place" in wanted and not state.solve):
             _ = state.scored_on
     parallel.barrier()  # what is fetched and tokenised into shared folders is so once, by one rank
     for stage in wanted:
@@ -202,8 +83,11 @@ def _run(state: Run, only: str | None) -> None:
 
 def _wanted(recipe: Recipe, done: dict[str, Any], only: str | None) -> list[str]:
     if only is None:
-        return [stage for stage in STAGES if stage in recipe.stages and stage not in done]
-    missing = [stage for stage in NEEDS[only] if stage not in done]
+        return [stage for stage in STAGES if recipe.has(stage) and stage not in done]
+    if only in TRIALS and not recipe.has(only):
+        raise UserError(f"{only}: is left out by the recipe; name it in stages, and what it compares in {NAMED[only]}")
+    compared = [stage for stage in TRIALS if recipe.has(stage) and STAGES.index(stage) < STAGES.index(only)]
+    missing = [stage for stage in (*NEEDS[only], *(compared if "place" in NEEDS[only] else ())) if stage not in done]
     if missing:
         raise UserError(
             f"{only}: needs {missing[0]}, which is not done in {recipe.out}; run `postnas {missing[0]}` first"
@@ -211,43 +95,12 @@ def _wanted(recipe: Recipe, done: dict[str, Any], only: str | None) -> list[str]
     return [only]
 
 
-def check(recipe: Recipe) -> None:
-    """Everything about a recipe that can be wrong and seen before anything is loaded. Raises UserError."""
-    for name in recipe.align.blocks:
-        if name not in linear_blocks():
-            raise UserError(f"align.blocks: {name!r} is not a linear block; choose from {', '.join(linear_blocks())}")
-    if recipe.place.strategy not in (*STRATEGIES, "gates"):
-        known = ", ".join([*STRATEGIES, "gates"])
-        raise UserError(f"place.strategy: {recipe.place.strategy!r} is unknown; choose from {known}")
-    suite.check(recipe.evaluate.tasks, recipe.evaluate.allow_code)
-
-
-def check_base(state: Run) -> None:
-    """What about a recipe does not fit its base or its text, told before an hour of training. Raises UserError."""
-    recipe, config = state.recipe, state.base.config
-    layers, heldout = config.num_hidden_layers, state.tokens[1].half(0).stream()
-    if "place" in recipe.stages and recipe.place.budget > layers:
-        raise UserError(f"place.budget: {recipe.place.budget} is more than the base's {layers} layers; give fewer")
-    with torch.device("meta"):
-        for block in recipe.align.blocks:
-            make_block(block, config.dims(), recipe.align.options.get(block))
-    state.tokens[0].batch(0, recipe.align.batch, recipe.align.length, recipe.seed)
-    for train, stage in ((recipe.paths, "align"), (recipe.train, "train"), (recipe.stage2, "train")):
-        if train.tokens and stage in recipe.stages:
-            state.tokens[0].batch(0, train.batch, train.length, recipe.seed, world=parallel.world())
-    if "place" in recipe.stages:
-        _ = state.scored_on
-    if "evaluate" in recipe.stages:
-        settings = recipe.evaluate
-        check_text(
-            heldout,
-            settings.perplexity_tokens,
-            settings.length,
-            settings.copy_passages,
-            settings.copy_tokens,
-            settings.copy_filler,
-            recipe.seed,
-        )
+def _reopened(only: str | None) -> list[str]:
+    """The stages that are open again when this one is asked by itself: it, and the comparisons that it goes before."""
+    if only not in AGAIN:
+        return []
+    later = [stage for stage in TRIALS if STAGES.index(stage) > STAGES.index(only)]
+    return [only, *later]
 
 
 def _align(state: Run) -> None:
@@ -272,11 +125,31 @@ def _place(state: Run) -> None:
         write_json(state.folder / "placement.json", found)
 
 
+def _select(state: Run) -> None:
+    _write(state, "select", blocks.select(state.recipe.select, state.terms("select")))
+
+
+def _design(state: Run) -> None:
+    _write(state, "design", blocks.design(state.recipe.design, state.terms("design"), *state.linear_block("design")))
+
+
+def _size(state: Run) -> None:
+    _write(state, "size", sizes.size(state.recipe.size, state.terms("size"), *state.linear_block("size")))
+
+
+def _write(state: Run, stage: str, found: Row) -> None:
+    if parallel.rank() == 0:
+        write_json(state.folder / TRIALS[stage], found)
+
+
 def _train(state: Run) -> None:
-    recipe, supernet, placement = state.recipe, state.supernet, state.placement()
+    recipe, final, (placement, _) = state.recipe, state.final(), state.choice()
+    if final is not state:
+        _align(final)
+    supernet = final.supernet
     low, borders = getattr(torch, recipe.base.dtype), recipe.data.borders
     windows = [recipe.place.window] if recipe.place.windows else []
-    tokens, key = state.tokens[0], digest(state.made, placement, asdict(recipe.train), *windows)
+    tokens, key = state.tokens[0], digest(final.made, placement, asdict(recipe.train), *windows)
     if recipe.train.tokens:
         train_mixers(supernet, placement, recipe.train, tokens, state.folder, recipe.seed, state.compute, key, borders)
     if recipe.stage2.tokens:
@@ -295,7 +168,13 @@ def _train(state: Run) -> None:
 def _evaluate(state: Run) -> None:
     recipe, settings = state.recipe, state.recipe.evaluate
     hybrid, tokenizer = load(state.folder / "model", device=state.device)
-    partial = state.folder / "eval.partial.json"
+    partial, compared = state.folder / "eval.partial.json", any(map(recipe.has, TRIALS))
+
+    def excluded(task: str) -> set[str]:
+        """Rows that placements or variants were chosen by."""
+        rows = objectives.excluded_rows(task, recipe.place.objectives)
+        return rows | searched_rows(task) if compared else rows
+
     result = evaluate(
         {"base": state.base, "hybrid": hybrid},
         tokenizer,
@@ -309,7 +188,7 @@ def _evaluate(state: Run) -> None:
         copy_filler=settings.copy_filler,
         seed=recipe.seed,
         allow_code=settings.allow_code,
-        excluded=lambda task: objectives.excluded_rows(task, recipe.place.objectives),
+        excluded=excluded,
         done=read_json(partial) if partial.exists() else None,
         save=lambda value: write_json(partial, value),
     )
@@ -328,7 +207,7 @@ def _bench(state: Run) -> None:
     ]
     write_json(
         state.folder / "bench.json",
-        {"device": _device_name(state.device), "torch": torch.__version__, "threads": recipe.threads, "rows": rows},
+        {"device": device_name(state.device), "torch": torch.__version__, "threads": recipe.threads, "rows": rows},
     )
 
 
@@ -341,24 +220,33 @@ def _report(state: Run) -> None:
 STAGE_FUNCTIONS: dict[str, Callable[[Run], None]] = {
     "align": _align,
     "place": _place,
+    "select": _select,
+    "design": _design,
+    "size": _size,
     "train": _train,
     "evaluate": _evaluate,
     "bench": _bench,
     "report": _report,
 }
 
-SPREAD = ("align", "place", "train")
+SPREAD = ("align", "place", *TRIALS, "train")
 """The stages that several ranks share; the others run on rank 0."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "align": (),
     "place": ("align",),
+    "select": ("align", "place"),
+    "design": ("align", "place"),
+    "size": ("align", "place"),
     "train": ("align", "place"),
     "evaluate": ("train",),
     "bench": ("train",),
     "report": (),
 }
-"""The stages that must be done before one can run by itself."""
+"""The stages that must be done before one can run by itself; after `place`, comparisons of the recipe as well."""
+
+NAMED = {"select": "select.blocks", "design": "design.variants", "size": "size.heads or size.key_dims"}
+"""The fields that say what a comparison compares."""
 
 
 def _tokens(recipe: Recipe, stage: str) -> dict[str, int]:
@@ -379,12 +267,3 @@ def _peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

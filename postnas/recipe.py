@@ -2,7 +2,7 @@
 
 Every field has its meaning in the line under it; checks that need one field only stand in
 `__post_init__`, so a recipe that exists is sound by itself. Names of blocks, strategies and tasks are checked
-against their own tables when a run begins (pipeline.check), so that those stand in one place.
+against their own tables when a run begins (check.py), so that those stand in one place.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from postnas.errors import UserError
+from postnas.trials import Design, Select, Size
+from postnas.trials import need as _need
+from postnas.trials import positive as _positive
 
-STAGES = ("align", "place", "train", "evaluate", "bench", "report")
+STAGES = ("align", "place", "select", "design", "size", "train", "evaluate", "bench", "report")
 DTYPES = ("float32", "bfloat16")
 OBJECTIVES = (
     "kl",
@@ -31,17 +33,6 @@ OBJECTIVES = (
 )
 STARTS = ("random", "plus_minus")
 PATH_LOSSES = ("feature", "kl")
-
-
-def _need(condition: bool, name: str, value: Any, mend: str) -> None:
-    if not condition:
-        raise UserError(f"{name}: {value!r} is not possible; {mend}")
-
-
-def _positive(section: object, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        _need(value > 0, f"{type(section).__name__.lower()}.{name}", value, "give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -145,6 +136,8 @@ class Place:
     """Layers that keep the base's attention, full or windowed."""
     block: str = "jet"
     """The linear block of all other layers."""
+    blocks: list[str] = field(default_factory=list)
+    """Blocks of which each other layer takes its own, by `gates` or `beam`; `block` alone where empty."""
     objective: dict[str, float] = field(default_factory=lambda: {"kl": 1.0, "copy": 1.0})
     """Weights of the objectives, in nats a token: `kl` (to the base), `copy` (a repeated passage), `needle`,
     `key_value`, `phone_book`, `squad`, `arc`, `mmlu`, `gsm8k` (the right answer), or the groups `retrieval`,
@@ -173,8 +166,14 @@ class Place:
                 _need(0 <= weight < float("inf"), f"place.{field_name}.{name}", weight, "give a weight of 0 or more")
             _need(sum(weights.values()) > 0, f"place.{field_name}", weights, "give one objective a weight above 0")
         _need(self.windows >= 0, "place.windows", self.windows, "give 0 or more layers")
+        _need(len(set(self.blocks)) == len(self.blocks), "place.blocks", self.blocks, "name each block once")
         _need(self.window >= 2, "place.window", self.window, "give 2 or more tokens")
         _positive(self, "tokens", "width", "steps", "lr")
+
+    @property
+    def choices(self) -> list[str]:
+        """The blocks that linear layers may take."""
+        return self.blocks or [self.block]
 
     @property
     def objectives(self) -> list[str]:
@@ -308,6 +307,12 @@ class Recipe:
     """After alignment: candidates learn inside random paths; off while its tokens are 0."""
     place: Place = field(default_factory=Place)
     """PostNAS 1: which layers keep full attention."""
+    select: Select = field(default_factory=Select)
+    """PostNAS 2: which block."""
+    design: Design = field(default_factory=Design)
+    """PostNAS 3: which options of it."""
+    size: Size = field(default_factory=Size)
+    """PostNAS 4: which sizes of it."""
     train: Train = field(default_factory=Train)
     """Stage 1 of the distillation: mixers only."""
     stage2: Stage2 = field(default_factory=Stage2)
@@ -317,7 +322,7 @@ class Recipe:
     bench: Bench = field(default_factory=Bench)
     """What was won."""
     stages: list[str] = field(default_factory=lambda: list(STAGES))
-    """The stages that run, always in this order: align, place, train, evaluate, bench, report."""
+    """The stages that run, always in this order: align, place, select, design, size, train, evaluate, bench, report."""
     seed: int = 0
     """Seed of everything random."""
     threads: int = 2
@@ -336,9 +341,20 @@ class Recipe:
         _need(self.device in ("auto", "cpu", "cuda"), "device", self.device, "choose auto, cpu or cuda")
         low = self.compute == "float32" and self.base.dtype == "bfloat16"
         _need(not low, "compute", self.compute, "with base.dtype bfloat16; set base.dtype to float32 too")
-        _need(self.place.block in self.align.blocks, "place.block", self.place.block, "add it to align.blocks")
+        for block in self.place.choices:
+            name = "place.blocks" if self.place.blocks else "place.block"
+            _need(block in self.align.blocks, name, block, "add it to align.blocks")
         _need(0 <= self.seed < 2**32, "seed", self.seed, "give a number from 0 to 4294967295")
         _need(0 < self.threads <= 1024, "threads", self.threads, "give a number from 1 to 1024")
+
+    def has(self, stage: str) -> bool:
+        """Whether a stage runs: it is among `stages`, and its section names something where it compares variants."""
+        named = {
+            "select": bool(self.select.blocks),
+            "design": bool(self.design.variants),
+            "size": bool(self.size.heads or self.size.key_dims),
+        }
+        return stage in self.stages and named.get(stage, True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they stand in recipe.yaml."""

@@ -166,9 +166,9 @@ def unknown_objective(place: Place) -> list[str]:
     return ["run", place.recipe(place={"objective": {"perplexity": 1.0}})]
 
 
-@mistake("stages", "'select'", "choose from align, place")
+@mistake("stages", "'selection'", "choose from align, place, select")
 def unknown_stage(place: Place) -> list[str]:
-    return ["run", place.recipe(stages=["align", "select"])]
+    return ["run", place.recipe(stages=["align", "selection"])]
 
 
 @mistake("stage2.tokens", "-5", "give 0 or more")

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "postnas"
 
 # A module imports from its own part and from the tiers before its own.
 TIERS = (
-    ("errors", "files", "progress", "recipe", "sources", "ops"),
+    ("errors", "files", "progress", "trials", "recipe", "sources", "ops"),
     ("data",),
     ("blocks",),
     ("models",),
@@ -27,7 +27,7 @@ TIERS = (
     ("evaluate",),
     ("search",),
     ("report", "export"),
-    ("claim",),
+    ("claim", "check", "run", "warm"),
     ("pipeline",),
     ("commands",),
     ("__main__",),

@@ -38,7 +38,7 @@ from postnas.search.cost import (
 )
 from postnas.search.plan import CONTEXT_UNITS, TOKEN_UNITS, count, plan
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "shapes"
 MIB = 2**20
 SLOW = Gpu("slow memory", bandwidth=1e9, flops=1e30, memory=2**34)
 DIMS = Dims(hidden=96, heads=6, kv_heads=2, head_dim=32, qkv_bias=True)

@@ -9,7 +9,7 @@ from shutil import copytree
 import pytest
 from tiny import make_base, make_text, tiny_recipe, write_recipe
 
-from postnas import pipeline
+from postnas import run as run_module
 from postnas.__main__ import main, parse
 from postnas.files import read_json, read_jsonl
 from postnas.search.gates import Gates
@@ -87,7 +87,7 @@ def test_solving_needs_neither_base_nor_candidates(
         raise AssertionError("a model was loaded")
 
     for name in ("load_base", "base_folder", "load_candidates", "load_tokenizer", "prepare"):
-        monkeypatch.setattr(pipeline, name, loaded)
+        monkeypatch.setattr(run_module, name, loaded)
     assert place(first, run, "--place.budget", "2", "--solve") == 0
     for name in ("placement.json", "scores.json", "scored.jsonl"):
         assert (run / name).read_bytes() == (other / name).read_bytes()

@@ -11,7 +11,7 @@ import torch
 from fla_kernels import OPERATORS
 from tiny import make_base, tiny_recipe, write_recipe
 
-from postnas import commands
+from postnas import warm
 from postnas.__main__ import main
 from postnas.blocks import linear_blocks
 from postnas.ops import fla
@@ -23,16 +23,16 @@ def warmed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **changes: Any) -> l
     """What `postnas warm` lets layers do, here on the CPU: tokens, autocast type, border, gradients."""
     passes: list[tuple[Any, ...]] = []
     monkeypatch.setattr(fla, "asked", {})
-    real = commands._warm_step
+    real = warm.plain
 
     def step(tokens: int, device: Any, segments: Any = None) -> Any:
         compute = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         passes.append((tokens, compute, segments is not None, torch.is_grad_enabled()))
         return real(tokens, device, segments)
 
-    monkeypatch.setattr(commands, "_warm_step", step)
-    on_gpu = commands._warm
-    monkeypatch.setattr(commands, "_warm", lambda recipe, device: on_gpu(recipe, "cpu"))
+    monkeypatch.setattr(warm, "plain", step)
+    on_gpu = warm.warm_layers
+    monkeypatch.setattr(warm, "warm_layers", lambda recipe, device: on_gpu(recipe, "cpu"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     plain = tiny_recipe(tmp_path, make_base(tmp_path / "base"), tmp_path / "text.jsonl", **changes)
     assert main(["warm", str(write_recipe(tmp_path / "recipe.yaml", plain))]) == 0
@@ -64,7 +64,7 @@ def test_warm_in_float32(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 def test_warm_says_what_was_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    real = commands._warm_reading
+    real = warm.reading
 
     def reading(block: Any) -> float:
         fla.asked[SHAPE] = SHAPE.rule
@@ -72,7 +72,7 @@ def test_warm_says_what_was_found(
         fla.asked[replace(SHAPE, rule="kda", gradients=False)] = None
         return real(block)
 
-    monkeypatch.setattr(commands, "_warm_reading", reading)
+    monkeypatch.setattr(warm, "reading", reading)
     warmed(monkeypatch, tmp_path, align={"blocks": ["jet"]})
     said = capsys.readouterr().out
     assert "gated_delta_rule: training in bfloat16, 2 heads of 4 x 6: fla is right" in said

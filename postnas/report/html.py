@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from postnas.errors import UserError
 from postnas.files import write_text
 from postnas.report.measures import KEPT_HEAD, Kept, grouped
 from postnas.report.results import (
@@ -23,6 +24,7 @@ from postnas.report.results import (
     rate,
     read_results,
 )
+from postnas.trials import TRIALS
 
 
 def write_report(run: Path) -> Path:
@@ -63,6 +65,7 @@ def _page(results: Results) -> dict[str, Any]:
         "won_head": WON_HEAD,
         "won": [row.cells() for row in results.won],
         "placement": _placement(results),
+        "compared": _compared(results),
         "swapped": bool(results.scores and results.scores.get("swap")),
         "cost": _cost(results),
         "command": results.command,
@@ -73,6 +76,7 @@ def _page(results: Results) -> dict[str, Any]:
             "both": results.remake("eval", "bench"),
             "place": results.remake("place"),
             "train": results.remake("align", "train"),
+            "compared": results.remake(*results.compared),
         },
         "plots": _plots(results),
     }
@@ -151,20 +155,21 @@ def _placement(results: Results) -> dict[str, Any] | None:
     if placement is None:
         return None
     mixers, block = placement["placement"], placement["block"]
-    errors = final_errors(results.metrics).get(block, [])
+    errors = final_errors(results.metrics)
     swap = results.scores.get("swap", []) if results.scores else []
     cost = {row["layer"]: row for row in swap if row["block"] == block}
     base = results.scores["base"] if results.scores else {}
     layers = []
     for layer, mixer in enumerate(mixers):
-        cells = [mixer, f"{errors[layer]:.3f}" if errors else ""]
+        own = errors.get(mixer if mixer in errors else block, [])
+        cells = [mixer, f"{own[layer]:.3f}" if own else ""]
         if layer in cost:
             row = cost[layer]
             cells += [f"{row[name] - value:+.4f}" for name, value in base.items()] + [f"{row['score']:.4f}"]
         layers.append([str(layer), *cells])
     return {
         "strategy": placement["strategy"],
-        "block": block,
+        "block": ", ".join(placement.get("blocks", [block])),
         "linear": linear_layers(mixers),
         "all": len(mixers),
         "attention": [layer for layer, mixer in enumerate(mixers) if mixer == "attn"],
@@ -173,6 +178,19 @@ def _placement(results: Results) -> dict[str, Any] | None:
         "head": ["layer", "mixer", "error aligned", *([*base, "score"] if cost else [])],
         "layers": layers,
     }
+
+
+def _compared(results: Results) -> list[dict[str, Any]]:
+    """A table of each stage that compared variants. Raises UserError for a file of another shape."""
+    from postnas.report.variants import compared
+
+    tables = []
+    for stage, found in results.compared.items():
+        try:
+            tables.append(compared(stage, found))
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{TRIALS[stage]}: lacks {error}; make it anew with `postnas {stage}`") from error
+    return tables
 
 
 def _cost(results: Results) -> list[list[str]]:

@@ -15,6 +15,7 @@ from postnas.errors import UserError
 from postnas.files import read_json, read_jsonl
 from postnas.report.measures import Kept, kept_rows, percent, times
 from postnas.search.strategies import with_linear
+from postnas.trials import TRIALS
 
 ATTENTION = ("attn", "swa")
 """Mixers that are not linear: full and windowed attention."""
@@ -83,6 +84,8 @@ class Results:
     placement: dict[str, Any] | None
     eval_: dict[str, Any] | None
     bench: dict[str, Any] | None
+    compared: dict[str, dict[str, Any]]
+    """What the stages that compare variants of the linear layers wrote, {stage: its file}, in their order."""
 
     @property
     def kept(self) -> list[Kept]:
@@ -130,13 +133,25 @@ def read_results(run: Path) -> Results:
         placement=_optional(run, "placement.json"),
         eval_=_optional(run, "eval.json"),
         bench=_optional(run, "bench.json"),
+        compared={stage: found for stage, name in TRIALS.items() if (found := _optional(run, name))},
     )
+    if results.placement and results.compared:
+        results.placement["settled"] = _settled(run, results.compared)
     for name, command, rows in (("eval.json", "eval", "kept"), ("bench.json", "bench", "won")):
         try:
             getattr(results, rows)
         except (KeyError, TypeError) as error:
             raise UserError(f"{run / name}: lacks {error}; make it anew with `postnas {command}`") from error
     return results
+
+
+def _settled(run: Path, compared: dict[str, dict[str, Any]]) -> str:
+    """The block that the last comparison chose. Raises UserError for a file of another shape."""
+    stage = list(compared)[-1]
+    try:
+        return compared[stage]["chosen"]["block"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / TRIALS[stage]}: lacks {error}; make it anew with `postnas {stage}`") from error
 
 
 def _optional(run: Path, name: str) -> dict[str, Any] | None:

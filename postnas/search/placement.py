@@ -16,13 +16,15 @@ from postnas.recipe import Place
 from postnas.search.gates import Gates, Relaxed, SoftNet, gates, keep, kept, minibatches, solve
 from postnas.search.objectives import weights
 from postnas.search.scores import NOTHING, Scored, Scorer, combine, shared, swaps
-from postnas.search.strategies import STRATEGIES, Score, beam, with_linear
+from postnas.search.strategies import STRATEGIES, Score, beam_blocks, with_linear
 from postnas.search.windows import windows
 from postnas.train import parallel
 from postnas.train.align import digest
 
 ROWS = 4
 """Sequences of a step of `gates`, for each objective."""
+MIXING = ("gates", "beam")
+"""The strategies that give each linear layer a block of its own."""
 KEPT_EVERY = 5
 """Steps of `gates` between two writes of their state, which is small."""
 
@@ -36,9 +38,11 @@ def place(
     the single swaps suggest with the sum of their scores, which costs nothing once those are known.
     Several ranks search alike, and share what each has to score. folder: where `gates` keeps its state,
     to go on from after a kill; None keeps nothing.
-    Raises UserError for a budget above the number of layers, and as `scorer` does.
+    Raises UserError for a budget above the number of layers, several blocks for a strategy that places one, and as
+    `scorer` does.
     """
     layers = len(attention)
+    check_blocks(settings)
     if settings.budget > layers:
         raise UserError(
             f"place.budget: {settings.budget} is more than the base's {layers} layers; give at most {layers}"
@@ -57,17 +61,28 @@ def place(
         "placement": placement,
         "strategy": settings.strategy,
         "budget": settings.budget,
-        "block": settings.block,
+        "block": settings.choices[0],
         "objective": settings.objective,
         "seed": seed,
         "scores": values | {"score": combine(values, base, objective)},
     }
+    if settings.blocks:
+        found["blocks"] = settings.blocks
     if settings.windows:
         found["windows"] = {"window": settings.window, "objective": settings.windows_objective, "chosen": windowed}
     if settings.strategy in ("swap", "greedy"):
-        scores["swap"] = swaps(scorer, attention, settings.block, objective)
-        found["table"] = _table(scores["swap"], attention, settings.block)
+        scores["swap"] = swaps(scorer, attention, settings.choices[0], objective)
+        found["table"] = _table(scores["swap"], attention, settings.choices[0])
     return scores, found
+
+
+def check_blocks(settings: Place) -> None:
+    """Raises UserError where several blocks are to be placed by a strategy that knows one."""
+    if len(settings.choices) > 1 and settings.strategy not in MIXING:
+        raise UserError(
+            f"place.blocks: {settings.strategy} places one block, not {', '.join(settings.blocks)}; "
+            f"choose place.strategy from {', '.join(MIXING)}, or name place.block alone"
+        )
 
 
 def _scored_by(shares: dict[str, float], scorer: Scored, attention: Placement, bar: Progress) -> Score:
@@ -89,19 +104,19 @@ def _solved(
     if settings.strategy == "gates":
         return _gated(scorer, score, attention, settings, seed, folder)
     if settings.strategy == "beam":
-        return beam(score, attention, settings.block, settings.budget, seed, settings.width)
-    return STRATEGIES[settings.strategy](score, attention, settings.block, settings.budget, seed)
+        return beam_blocks(score, attention, settings.choices, settings.budget, settings.width)
+    return STRATEGIES[settings.strategy](score, attention, settings.choices[0], settings.budget, seed)
 
 
 def _gated(
     scorer: Scored, score: Score, attention: Placement, settings: Place, seed: int, folder: Path | None
 ) -> Placement:
     """Logits trained on the sequences that placements are scored on, rounded, and mended by exchanges."""
-    blocks, budget, steps, lr = [settings.block], settings.budget, settings.steps, settings.lr
+    blocks, budget, steps, lr = settings.choices, settings.budget, settings.steps, settings.lr
     shares = {name: share for name, share in sorted(weights(settings.objective).items()) if share > 0}
     key = digest(scorer.key, attention, blocks, budget, seed, steps, lr, ROWS, shares)
     state = None if folder is None else kept(folder, key)
-    relaxed = _relaxed(scorer, shares, settings.block, seed) if isinstance(scorer, Scorer) else _refused
+    relaxed = _relaxed(scorer, shares, blocks, seed) if isinstance(scorer, Scorer) else _refused
     done, lead = 0 if state is None else state["step"], parallel.rank() == 0
 
     def after(made: Gates, loss: float) -> None:
@@ -114,7 +129,7 @@ def _gated(
     return solve(score, made.probabilities().detach(), attention, blocks, budget)
 
 
-def _relaxed(scorer: Scorer, shares: dict[str, float], block: str, seed: int) -> Relaxed:
+def _relaxed(scorer: Scorer, shares: dict[str, float], blocks: list[str], seed: int) -> Relaxed:
     """The weighted sum of the objectives' relaxed losses.
 
     Ranks share the objectives, and each sums all losses and gradients in the objectives' order in float64,
@@ -125,7 +140,7 @@ def _relaxed(scorer: Scorer, shares: dict[str, float], block: str, seed: int) ->
         one = scorer.objectives[name]
         # Rows of text are whole; those of tasks are padded, and only their answers count.
         batches = minibatches(one.tokens, one.scored if one.kind == "nll" else None, ROWS, seed)
-        nets.append(SoftNet(scorer.supernet, [block], batches, one.kind, scorer.compute))
+        nets.append(SoftNet(scorer.supernet, blocks, batches, one.kind, scorer.compute))
 
     def relaxed(probabilities: Tensor, step: int) -> Tensor:
         leaf = probabilities.detach().requires_grad_()
@@ -148,15 +163,18 @@ def _refused(probabilities: Tensor, step: int) -> Tensor:
 
 
 def _evaluations(settings: Place, layers: int) -> int:
-    """Placements that a strategy asks the score of, at most; `gates` may go on exchanging for some rounds."""
-    budget, width = settings.budget, settings.width
+    """Placements that a strategy asks the score of, at most; `gates` may go on exchanging for some rounds, as may
+    whatever chooses among several blocks."""
+    budget, width, more = settings.budget, settings.width, len(settings.choices) - 1
     changes = min(budget, layers - budget)
-    levels = (min(width, comb(layers, level)) * (layers - level) for level in range(changes))
+    grown = 1 if 2 * budget <= layers else 1 + more
+    levels = (min(width, comb(layers, level) * grown**level) * (layers - level) * grown for level in range(changes))
+    settled = more * (layers - budget + layers * (2 * budget <= layers))
     asked = {
         "swap": layers,
         "greedy": sum(range(budget + 1, layers + 1)),
-        "beam": 1 + (2 * budget <= layers) + sum(levels),
-        "gates": 1 + budget * (layers - budget),
+        "beam": 1 + (2 * budget <= layers) + sum(levels) + settled,
+        "gates": 1 + budget * (layers - budget) * (1 + more) + more * (layers - budget),
     }.get(settings.strategy, 0)
     passed = settings.windows and 1 + sum(layers - budget - chosen for chosen in range(settings.windows))
     return asked + passed
