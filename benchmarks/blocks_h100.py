@@ -124,7 +124,7 @@ class Bench:
             # all rows are on the same texts, so each may be compared with the first, whatever it was trained on
             made = Comparison(stage, settings[variant.name], self.terms)
             first = Comparison(stage, settings[done[0].name], self.terms).trained(done[0])["outputs"]
-            scores = blocks._scores(first, made.trained(variant)["outputs"], variant is done[0])
+            scores = blocks.paired_scores(first, made.trained(variant)["outputs"], variant is done[0])
             own = {
                 k: v for k, v in (made.trained(variant) | made.speed(variant)).items() if k not in ("key", "outputs")
             }

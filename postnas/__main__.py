@@ -223,7 +223,7 @@ def _spelt_out(arguments: list[str], known: dict[str, Any]) -> list[str]:
             argument = f"--{flag}{equals}{value}" if flag in known else argument
         spelt.append(EXPONENT.sub(_digits, argument) if _whole(known.get(flag)) else argument)
         bare = argument == f"--{flag}" and known.get(flag) is bool
-        if bare and (index + 1 == len(arguments) or arguments[index + 1].startswith("-")):
+        if bare and (index + 1 == len(arguments) or arguments[index + 1] not in ("true", "false")):
             spelt.append("true")
     return spelt
 

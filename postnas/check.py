@@ -20,6 +20,7 @@ from postnas.search.placement import check_blocks
 from postnas.search.sizes import grid
 from postnas.search.strategies import STRATEGIES
 from postnas.search.variants import SCORED
+from postnas.search.windows import check_window
 from postnas.train import parallel
 from postnas.trials import TRIALS, Trials
 
@@ -62,6 +63,13 @@ def check_base(recipe: Recipe, config: Any, tokens: tuple[Tokens, Tokens], token
     layers, heldout = config.num_hidden_layers, tokens[1].half(0)
     if "place" in recipe.stages and recipe.place.budget > layers:
         raise UserError(f"place.budget: {recipe.place.budget} is more than the base's {layers} layers; give fewer")
+    if "place" in recipe.stages and recipe.place.windows:
+        linear = layers - recipe.place.budget
+        if recipe.place.windows > linear:
+            raise UserError(
+                f"place.windows: {recipe.place.windows} is not possible with {linear} linear layers; give 0 to {linear}"
+            )
+        check_window(config, recipe.place.window)
     with torch.device("meta"):
         for block in recipe.align.blocks:
             make_block(block, config.dims(), recipe.align.options.get(block))

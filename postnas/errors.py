@@ -11,3 +11,7 @@ class UserError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(str(message).split()))
+
+
+class Diverged(UserError):
+    """A loss or gradient that is not finite: a learning rate is too high."""

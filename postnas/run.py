@@ -123,12 +123,15 @@ class Run:
         if self.solve and not path.exists():
             raise UserError(f"{path}: is not there; leave --solve out once")
         made = read_json(path) if self.solve else self.described
-        key = digest(made["candidates"], settings.tokens, recipe.seed, *([settings.window] if settings.windows else []))
+        if not isinstance(made, dict) or not made.keys() >= {"attention", "candidates"}:
+            raise UserError(f"{path}: does not say what the candidates are made from; leave --solve out once")
+        key = digest(made["candidates"], settings.tokens, recipe.seed)
+        window = settings.window if settings.windows else None
         scores = self.folder / "scored.jsonl"
         if self.solve:
-            scorer = Scored(objectives.members(settings.objectives), scores, key)
+            scorer = Scored(objectives.members(settings.objectives), scores, key, window)
         else:
-            scorer = Scorer(self.supernet, self.scored_on, scores, self.compute, key)
+            scorer = Scorer(self.supernet, self.scored_on, scores, self.compute, key, window)
         return place(scorer, made["attention"], settings, recipe.seed, self.folder / GATES)
 
     @cached_property

@@ -22,7 +22,12 @@ from postnas.commands import COMMANDS, takes_recipe
 from postnas.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-RECIPE = ast.parse((ROOT / "postnas" / "recipe.py").read_text(encoding="utf-8"))
+SECTIONS = [
+    node
+    for name in ("recipe", "trials")
+    for node in ast.parse((ROOT / "postnas" / f"{name}.py").read_text(encoding="utf-8")).body
+    if isinstance(node, ast.ClassDef)
+]
 RECIPE_COMMANDS = [name for name, command in COMMANDS.items() if takes_recipe(command)]
 
 
@@ -87,10 +92,12 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
 
 def documented(section: Any) -> list[tuple[str, str]]:
-    """Each field of a dataclass in recipe.py, and the text under it."""
-    [tree] = [node for node in RECIPE.body if isinstance(node, ast.ClassDef) and node.name == section.__name__]
+    """Each field of a section's dataclass, its parents' too, and the text under it."""
+    names = [kind.__name__ for kind in section.__mro__]
+    trees = [node for node in SECTIONS if node.name in names]
     return [
         (field.target.id, str(line.value.value))
+        for tree in trees
         for field, line in pairwise(tree.body)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)

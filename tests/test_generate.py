@@ -133,7 +133,7 @@ def test_samples_of_one_prompt_go_their_own_ways(model: HybridForCausalLM) -> No
         row = rows[index // 3]
         ids = torch.cat([row, sequence[12:]])[None]
         expected = model(ids, use_cache=False).logits[0, len(row) - 1 : -1]
-        torch.testing.assert_close(logits[index], expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(logits[index], expected, rtol=0, atol=5e-4)  # `mixed` has a layer of every block
 
 
 def test_generate_goes_on_from_a_returned_cache(model: HybridForCausalLM) -> None:

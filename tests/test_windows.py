@@ -73,7 +73,7 @@ def test_the_layers_of_a_step_are_scored_together() -> None:
 
 @pytest.mark.parametrize("count", [-1, 7])
 def test_more_windows_than_linear_layers_are_refused(count: int) -> None:
-    with pytest.raises(UserError, match=rf"^windows: {count} is not possible with 6 linear layers; give 0 to 6$"):
+    with pytest.raises(UserError, match=rf"^place.windows: {count} is not possible with 6 linear layers; give 0 to 6$"):
         windows(planted, PLACEMENT, count)
 
 
@@ -146,10 +146,10 @@ def test_a_base_with_windows_of_its_own() -> None:
     """Its full layers may get the same window; another window, or another RoPE, is refused in one line."""
     plain = make_hybrid(["swa", "attn"])
     assert list(window_candidates(plain, 9)) == [1]
-    with pytest.raises(UserError, match=r"^window: 8 is not the 9 that the base's own windows have; give 9$"):
+    with pytest.raises(UserError, match=r"^place.window: 8 is not the 9 that the base's own windows have; give 9$"):
         window_candidates(plain, 8)
     turned = make_hybrid(["swa", "attn"], swa_rope_parameters={"rope_type": "default", "rope_theta": 100.0})
-    with pytest.raises(UserError, match=r"^window: this base has another RoPE for windows, .*; choose none$"):
+    with pytest.raises(UserError, match=r"^place.windows: this base has another RoPE for windows, .*; give 0$"):
         window_candidates(turned, 9)
 
 

@@ -42,9 +42,9 @@ class GLA(LinearMixer):
     """S <- exp(g) S + k v^T, o = K^-0.5 S^T q, with g = log sigmoid(W2 W1 x + b) / 16 a key channel; then
     W_o(RMSNorm(o) * SiLU(W_g x)).
 
-    q, k, v and o are attention's; nothing convolves, nothing is squashed. The paper's norm is a LayerNorm a head, and its
-    output gate has a bias; here both are as in the other blocks. A q/k norm of the base comes along as its weight only: its division has no place here, so keys of
-    different lengths weigh differently.
+    q, k, v and o are attention's; nothing convolves, nothing is squashed. The paper's norm is a LayerNorm a head, and
+    its output gate has a bias; here both are as in the other blocks. A q/k norm of the base comes along as its weight
+    only: its division has no place here, so keys of different lengths weigh differently.
     """
 
     Options = GLAOptions

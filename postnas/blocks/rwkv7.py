@@ -136,7 +136,9 @@ class RWKV7(LinearMixer):
             return channels.unflatten(-1, (self.heads, -1))
 
         change = self.shifted(x, step, state) - x
-        x_r, x_w, x_k, x_v, x_a, x_g = (torch.addcmul(x, mix, change) for mix in self.mixes.to(x.dtype).unflatten(0, (MIXES, -1)))
+        x_r, x_w, x_k, x_v, x_a, x_g = (
+            torch.addcmul(x, mix, change) for mix in self.mixes.to(x.dtype).unflatten(0, (MIXES, -1))
+        )
         # At the size that attention's queries have, the bonus alone would make up the gradient's norm.
         r, v = by_head(self.q_proj(x_r)) * self.key_dim**-0.5, by_head(self.v_proj(x_v))
         k, rate = widened(self.k_proj(x_k)), torch.sigmoid(widened(self.a_proj(x_a)))

@@ -46,11 +46,11 @@ def compare(stage: str, variants: Sequence[Variant], settings: Trials, terms: Te
         row = {"name": variant.name, "block": variant.block, "options": variant.options}
         row |= {name: value for name, value in (made | speed).items() if name not in ("key", "outputs")}
         row["state_bytes"] = terms.meta(variant).state_bytes(settings.context, terms.dtype)
-        rows.append(row | {"scores": _scores(first, made["outputs"], variant is variants[0])})
+        rows.append(row | {"scores": paired_scores(first, made["outputs"], variant is variants[0])})
     return rows
 
 
-def _scores(first: Mapping[str, Outputs], own: Mapping[str, Outputs], is_first: bool) -> list[Row]:
+def paired_scores(first: Mapping[str, Outputs], own: Mapping[str, Outputs], is_first: bool) -> list[Row]:
     """Every measure with its error, and the paired difference from the first variant."""
     found = verdict.result({name: _measures(name) for name in own}, {"base": first, "hybrid": own}, [], 0)
     scores = []

@@ -216,7 +216,7 @@ def _task(source: Source) -> Task:
 def _rows(source: Source) -> Iterator[tuple[str, str, str]]:
     """(TASK-ROW, prompt, the right answer with its leading space) of every row that belongs to the search."""
     for row in suite.rows(_task(source), None, None, 0):
-        if source.file is not None or _apart(source.task, row.id):
+        if source.file is not None or apart(source.task, row.id):
             yield f"{source.task}-{row.id}", *_question(row)
 
 
@@ -227,7 +227,7 @@ def _question(row: Any) -> tuple[str, str]:
     return row.prompt, f" {row.answers[0].strip()}"
 
 
-def _apart(task: str, row: str) -> bool:
+def apart(task: str, row: str) -> bool:
     """Whether a row of an evaluated file belongs to the search: where its hash is in the last third of all hashes."""
     digest = hashlib.sha256(f"{task}-{row}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >= (1 - APART) * 2**64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from math import comb
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,8 @@ def _gated(
 
     with Progress("gates", steps, unit="steps", done=done, quiet=not lead) as bar:
         made = gates(relaxed, attention, blocks, budget, seed, steps=steps, lr=lr, state=state, after=after)
+    del relaxed
+    gc.collect()  # graphs of layers refer to themselves, and hold what the layers need on a GPU
     return solve(score, made.probabilities().detach(), attention, blocks, budget)
 
 

@@ -47,16 +47,17 @@ class Scored:
     By itself it measures nothing, so it needs no model.
     """
 
-    def __init__(self, names: Iterable[str], path: Path, key: str) -> None:
+    def __init__(self, names: Iterable[str], path: Path, key: str, window: int | None = None) -> None:
         """names: the objectives that are asked. key: says what the candidates and rows are made from; lines of
         `path` with another key are kept and not used. Of one placement there may be several lines, each with the
-        objectives that were measured together."""
-        self.names, self.path, self.key = sorted(names), path, key
+        objectives that were measured together. window: of the layers that a second pass turns to `swa`; only scores of
+        placements that hold such depend on it."""
+        self.names, self.path, self.key, self.window = sorted(names), path, key, window
         self.known: dict[Names, Rows] = {}
         for record in read_jsonl(path):
             if not isinstance(record, dict) or not record.keys() >= {"key", "placement", "rows"}:
                 raise UserError(f"{path}: holds a line that is no score; remove the line, or the file")
-            if record["key"] == key:
+            if record["key"] == key and record.get("window") == self._window(record["placement"]):
                 self.known.setdefault(tuple(record["placement"]), {}).update(record["rows"])
 
     def __call__(self, placement: Placement) -> Values:
@@ -87,6 +88,9 @@ class Scored:
         known = self.known.get(placement, {})
         return [name for name in self.names if name not in known]
 
+    def _window(self, placement: Sequence[str]) -> int | None:
+        return self.window if "swa" in placement else None
+
     def _known(self, placement: Placement) -> Rows:
         rows = self.known[tuple(placement)]
         return {name: rows[name] for name in self.names}
@@ -107,10 +111,16 @@ class Scorer(Scored):
     """
 
     def __init__(
-        self, supernet: Supernet, objectives: dict[str, Objective], path: Path, compute: torch.dtype, key: str
+        self,
+        supernet: Supernet,
+        objectives: dict[str, Objective],
+        path: Path,
+        compute: torch.dtype,
+        key: str,
+        window: int | None = None,
     ) -> None:
-        """objectives: as `objectives.make` gives them. path, key: as in Scored."""
-        super().__init__(objectives, path, key)
+        """objectives: as `objectives.make` gives them. path, key, window: as in Scored."""
+        super().__init__(objectives, path, key, window)
         if parallel.rank() == 0 and path.exists():
             write_jsonl(path, read_jsonl(path))  # drops a line that a killed run left unfinished
         parallel.barrier()  # nobody adds a line before everybody has read
@@ -155,7 +165,9 @@ class Scorer(Scored):
                 raise UserError(f"place: a placement scores {means}; the candidates are unsound, lower align.lr")
             self.known.setdefault(placement, {}).update(rows)
             if parallel.rank() == 0:
-                append_jsonl(self.path, {"key": self.key, "placement": list(placement), "rows": rows})
+                record = {"key": self.key, "placement": list(placement), "rows": rows}
+                window = self._window(placement)
+                append_jsonl(self.path, record | ({"window": window} if window else {}))
 
     @torch.no_grad()
     def _losses(self, name: str, placement: Placement) -> Tensor:

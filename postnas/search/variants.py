@@ -22,7 +22,7 @@ from torch import Tensor
 from postnas.blocks import linear_blocks, make_block
 from postnas.blocks.inherit import relative_error
 from postnas.data import Tokens
-from postnas.errors import UserError
+from postnas.errors import Diverged, UserError
 from postnas.evaluate import suite
 from postnas.evaluate.measure import Outputs
 from postnas.evaluate.task import load_task
@@ -188,9 +188,7 @@ class Comparison:
             raise UserError(f"{self.stage}.lrs: none of {settings.lrs} trains {variant.name}; give lower ones")
         try:
             net = self._distilled(variant, net, lr, settings.tokens, folder / "whole", key)
-        except UserError as error:
-            if not _diverged(error):
-                raise
+        except Diverged as error:
             raise UserError(f"{self.stage}.lrs: {lr} fails {variant.name} after all; give a lower one") from error
         made = {"lr": lr, "rates": rates}
         made["tokens"] = settings.align_tokens + settings.tokens + settings.lr_tokens * len(rates)
@@ -269,9 +267,7 @@ class Comparison:
         """The variant after a rate's share of the tokens; None where the rate is too high to train it at all."""
         try:
             return self._distilled(variant, net, lr, self.settings.lr_tokens, folder, key)
-        except UserError as error:
-            if not _diverged(error):
-                raise
+        except Diverged:
             return None
 
     def _distilled(self, variant: Variant, net: Supernet, lr: float, tokens: int, folder: Path, key: str) -> Supernet:
@@ -324,11 +320,6 @@ class Comparison:
         return found | result["outputs"]["hybrid"]
 
 
-def _diverged(error: UserError) -> bool:
-    """Whether this is what `fit` says of a loss or gradient that is not finite."""
-    return "loss or gradient is" in str(error)
-
-
 def _best(rates: list[Row]) -> float | None:
     """The rate of the lowest KL, the lower of equal ones; None where all diverge."""
     return min(((rate["kl"], rate["lr"]) for rate in rates if rate["kl"] is not None), default=(0.0, None))[1]
@@ -352,7 +343,7 @@ def _rows_of(name: str) -> tuple[frozenset[str], frozenset[str]]:
     if task.kind == "long":
         return frozenset(), frozenset()
     ids = [row.id for row in suite.rows(task, None, None, 0)]
-    ours = frozenset(row for row in ids if objectives._apart(name, row))
+    ours = frozenset(row for row in ids if objectives.apart(name, row))
     if len(ours) in (0, len(ids)):
         raise UserError(f"evaluate.tasks: {name} has {len(ids)} rows, too few to compare variants by; leave it out")
     return ours, frozenset(ids) - ours

@@ -6,13 +6,14 @@ placed by one objective and the windows by another; the function here knows no m
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from postnas.blocks import linear_blocks, make_block
 from postnas.blocks.attention import WindowAttention
 from postnas.errors import UserError
+from postnas.models.config import HybridConfig
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Placement
 from postnas.search.strategies import Score
@@ -27,7 +28,9 @@ def windows(score: Score, placement: Placement, count: int) -> tuple[Placement, 
     """
     linear = [layer for layer, name in enumerate(placement) if name in linear_blocks()]
     if not 0 <= count <= len(linear):
-        raise UserError(f"windows: {count} is not possible with {len(linear)} linear layers; give 0 to {len(linear)}")
+        raise UserError(
+            f"place.windows: {count} is not possible with {len(linear)} linear layers; give 0 to {len(linear)}"
+        )
     chosen: Placement = list(placement)
     found: list[dict[str, Any]] = []
     before = score([chosen])[0] if count else 0.0
@@ -44,6 +47,17 @@ def _turned(placement: Placement, layer: int) -> Placement:
     return ["swa" if index == layer else name for index, name in enumerate(placement)]
 
 
+def check_window(config: HybridConfig, window: int) -> None:
+    """Raises UserError where layers of a base cannot become windows of this size."""
+    if config.swa_rope_parameters is not None:
+        raise UserError(
+            "place.windows: this base has another RoPE for windows, so attention cannot become `swa`; give 0"
+        )
+    held = (config.blocks or {}).get("swa", {}).get("window_size", window)
+    if "swa" in (config.placement or []) and window != held:
+        raise UserError(f"place.window: {window} is not the {held} that the base's own windows have; give {held}")
+
+
 def window_candidates(base: HybridForCausalLM, window: int) -> dict[int, WindowAttention]:
     """For each layer on full attention a copy of it that sees `window` tokens; the Supernet's candidates for `swa`.
 
@@ -51,14 +65,10 @@ def window_candidates(base: HybridForCausalLM, window: int) -> dict[int, WindowA
     own. Raises UserError for a base whose windows have a RoPE of their own, which full attention was not trained
     with, for another window than the base's own layers have, and for a window below 2.
     """
-    config = base.config
-    if config.swa_rope_parameters is not None:
-        raise UserError("window: this base has another RoPE for windows, so attention cannot become `swa`; choose none")
-    held = (config.blocks or {}).get("swa", {}).get("window_size", window)
-    if "swa" in config.placement and window != held:
-        raise UserError(f"window: {window} is not the {held} that the base's own windows have; give {held}")
+    config = cast(HybridConfig, base.config)
+    check_window(config, window)
     found: dict[int, WindowAttention] = {}
-    for layer, name in enumerate(config.placement):
+    for layer, name in enumerate(config.placement or []):
         if name != "attn":
             continue
         with torch.device("meta"):  # draws nothing, since every weight is given

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from postnas.errors import UserError
+from postnas.errors import Diverged
 from postnas.files import append_jsonl, read_jsonl, write_jsonl
 from postnas.progress import Progress
 from postnas.train import checkpoint, parallel
@@ -50,7 +50,7 @@ def fit(
     the checkpoint to run/checkpoints/STAGE; where one is there already, training goes on from it.
     On several ranks gradients and losses are averaged, and rank 0 writes; where the plan is spread,
     every rank has parameters and a checkpoint of its own, and backward returns what all ranks share.
-    Raises UserError, with the last good checkpoint, where a loss or gradient is not finite.
+    Raises Diverged, with the last good checkpoint, where a loss or gradient is not finite.
     """
     parameters = {name: p for group in groups for name, p in group.items()}
     optimizer = make_optimizer(list(parameters.values()), plan.lr, plan.weight_decay)
@@ -124,7 +124,7 @@ def _check(value: float, plan: Plan, step: int, folder: Path) -> None:
     if math.isfinite(value):
         return
     good = f"last good checkpoint: {folder}" if folder.exists() else "no checkpoint was written yet"
-    raise UserError(f"{plan.stage}: loss or gradient is {value} at step {step}; {good}; lower {plan.stage}.lr")
+    raise Diverged(f"{plan.stage}: loss or gradient is {value} at step {step}; {good}; lower {plan.stage}.lr")
 
 
 def _forget(metrics: Path, stage: str, step: int) -> None:

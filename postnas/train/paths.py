@@ -11,6 +11,7 @@ is a choice, see `path_loss`.
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -188,6 +189,8 @@ def train_paths(
         checkpoint_every=settings.checkpoint_every,
     )
     fit(plan, groups, backward, folder)
+    del backward, student_layers
+    gc.collect()  # graphs of layers refer to themselves, and hold what the layers need on a GPU
     if parallel.rank() == 0:
         for block, wanted in made.items():
             for key in wanted:
