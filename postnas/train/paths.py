@@ -189,7 +189,7 @@ def train_paths(
         checkpoint_every=settings.checkpoint_every,
     )
     fit(plan, groups, backward, folder)
-    del backward, student_layers
+    student_layers.made.clear()
     gc.collect()  # graphs of layers refer to themselves, and hold what the layers need on a GPU
     if parallel.rank() == 0:
         for block, wanted in made.items():
