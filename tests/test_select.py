@@ -101,7 +101,7 @@ def test_only_the_linear_layers_are_trained(done: Path, inputs: tuple[Path, Path
     states = list((tmp_path / "run" / "checkpoints" / "trials").glob("*/checkpoints/align/state.json"))
     assert len(states) == 2
     for path in states:
-        assert {name.split(".")[0] for name in read_json(path)["optimizer_steps"]} == linear
+        assert {name.split(".")[1] for name in read_json(path)["optimizer_steps"]} == linear
     assert timeless(read_json(tmp_path / "run" / "select.json")) == timeless(read_json(done / "select.json"))
 
 

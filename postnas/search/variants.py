@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from postnas.blocks import linear_blocks, make_block
-from postnas.blocks.inherit import relative_error
 from postnas.data import Tokens
 from postnas.errors import Diverged, UserError
 from postnas.evaluate import suite
@@ -30,14 +29,13 @@ from postnas.evaluate.verdict import evaluate
 from postnas.files import append_jsonl, read_jsonl, write_jsonl
 from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Placement, Supernet
-from postnas.ops.cuda_graph import Replayed
 from postnas.recipe import Align, Evaluate, Train
 from postnas.search import objectives
 from postnas.search.speed import decode_speed, device_name
 from postnas.train import parallel
-from postnas.train.align import digest, new_candidates
+from postnas.train.align import digest, learn, new_candidates
 from postnas.train.distill import train_mixers
-from postnas.train.loop import Plan, autocast, fit
+from postnas.train.loop import autocast
 from postnas.trials import Trials
 
 Row = dict[str, Any]
@@ -215,38 +213,14 @@ class Comparison:
 
     def _aligned(self, variant: Variant, folder: Path, key: str) -> Supernet:
         """The base with the variant in the linear layers, inherited and aligned. Ranks share batches where they can."""
-        terms, device = self.terms, self.device
+        terms = self.terms
         align = replace(terms.align, blocks=[variant.block], options={variant.block: variant.options})
         align = replace(align, tokens=self.settings.align_tokens)
         mixers = new_candidates(terms.base, align, terms.tokens, terms.seed, terms.compute, terms.linear)[variant.block]
-        net = terms.supernet(variant.block, mixers)
-        groups = [{f"{layer}.{name}": p for name, p in mixer.named_parameters()} for layer, mixer in mixers.items()]
-
-        def work(ids: Tensor, positions: Tensor | None = None) -> Tensor:
-            losses = []
-            with torch.no_grad(), autocast(device, terms.compute):
-                for layer, x, y in net.walk(*(embedded := net.embed(ids, positions))):
-                    if layer in mixers:
-                        with torch.enable_grad():
-                            loss = relative_error(mixers[layer](x, embedded[1])[0], y)
-                        loss.backward()
-                        losses.append(loss.detach())
-            return torch.stack(losses).mean()
-
-        replayed = Replayed(work, [p for group in groups for p in group.values()])
-        share = (parallel.rank(), parallel.world()) if align.batch % parallel.world() == 0 else (0, 1)
-
-        def backward(number: int) -> dict[str, Any]:
-            batch = terms.tokens.batch(number, align.batch, align.length, terms.seed, terms.borders, *share)
-            ids = batch.tokens.to(device)
-            loss = replayed(ids) if batch.positions is None else work(ids, batch.positions.to(device))
-            return {"loss": loss.item()}
-
-        per_step = align.batch * align.length
-        steps = -(-align.tokens // per_step)
-        plan = Plan("align", steps, per_step, align.lr, key, checkpoint_every=align.checkpoint_every)
-        fit(plan, groups, backward, folder)
-        return net
+        made = {variant.block: mixers}
+        how = terms.seed, terms.compute, terms.borders
+        learn(terms.base, made, align, terms.tokens, folder, key, *how, spread=False)
+        return terms.supernet(variant.block, mixers)
 
     def _rates(self, variant: Variant, net: Supernet, folder: Path, key: str) -> list[Row]:
         """{lr, kl} of each learning rate on its share of the tokens, kl None where it diverges; empty for one rate."""

@@ -121,18 +121,44 @@ def align_candidates(
     """
     if all([stored_key_fits(run, key) for wanted in keys.values() for key in wanted]):
         return
-    device, supernet = base.lm_head.weight.device, Supernet(base, {})
-    if parallel.world() > supernet.layers:
-        raise UserError(
-            f"nproc-per-node: {parallel.world()} ranks for {supernet.layers} layers; start at most {supernet.layers}"
-        )
-    layers = range(parallel.rank(), supernet.layers, parallel.world())
+    count = base.config.num_hidden_layers
+    if parallel.world() > count:
+        raise UserError(f"nproc-per-node: {parallel.world()} ranks for {count} layers; start at most {count}")
+    layers = range(parallel.rank(), count, parallel.world())
     candidates = new_candidates(base, align, tokens, seed, compute, layers)
+    learn(base, candidates, align, tokens, run, digest(keys), seed, compute, borders, spread=True)
+    for block, mixers in candidates.items():
+        for layer, mixer in mixers.items():
+            write_candidate(candidate_path(run, block, layer), mixer, keys[block][layer])
+    parallel.barrier()  # nobody reads before all are written
+
+
+def learn(
+    base: HybridForCausalLM,
+    candidates: dict[str, dict[int, nn.Module]],
+    align: Align,
+    tokens: Tokens,
+    run: Path,
+    key: str,
+    seed: int,
+    compute: torch.dtype,
+    borders: bool,
+    spread: bool,
+) -> None:
+    """Train candidates {block: {layer: mixer}}, each block in the same layers, in place for align.tokens tokens.
+
+    Resumes from run/checkpoints/align where that has the same `key`. spread: every rank has layers of its own;
+    else all have the same, and share each batch where they can.
+    """
+    device, supernet = base.lm_head.weight.device, Supernet(base, {})
+    layers = list(next(iter(candidates.values())))
     groups = [
         {f"{block}.{layer}.{name}": p for name, p in mixer.named_parameters()}
         for block, mixers in candidates.items()
         for layer, mixer in mixers.items()
     ]
+    alone = spread or align.batch % parallel.world() != 0
+    share = (0, 1) if alone else (parallel.rank(), parallel.world())
 
     def work(ids: Tensor, positions: Tensor | None = None) -> Tensor:
         losses = torch.zeros(len(candidates), supernet.layers, device=device)
@@ -149,20 +175,22 @@ def align_candidates(
     replayed = Replayed(work, [p for group in groups for p in group.values()])
 
     def backward(number: int) -> dict[str, Any]:
-        batch = tokens.batch(number, align.batch, align.length, seed, borders)
+        batch = tokens.batch(number, align.batch, align.length, seed, borders, *share)
         ids = batch.tokens.to(device)
         losses = replayed(ids) if batch.positions is None else work(ids, batch.positions.to(device))
+        if not spread:
+            return {"loss": float(losses[:, layers].mean())}
         named = dict(zip(candidates, parallel.total(losses).tolist(), strict=True))
         return {"loss": float(losses.mean()), "losses": named}
 
     per_step = align.batch * align.length
     steps = -(-align.tokens // per_step)
-    plan = Plan("align", steps, per_step, align.lr, digest(keys), checkpoint_every=align.checkpoint_every, spread=True)
-    fit(plan, groups, backward, run)
-    for block, mixers in candidates.items():
-        for layer, mixer in mixers.items():
-            write_candidate(candidate_path(run, block, layer), mixer, keys[block][layer])
-    parallel.barrier()  # nobody reads before all are written
+    fit(
+        Plan("align", steps, per_step, align.lr, key, checkpoint_every=align.checkpoint_every, spread=spread),
+        groups,
+        backward,
+        run,
+    )
 
 
 def write_candidate(path: Path, mixer: nn.Module, key: dict[str, Any]) -> None:
