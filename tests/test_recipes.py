@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from postnas.__main__ import main, read_recipe
+from postnas.blocks import linear_blocks
 from postnas.errors import UserError
 from postnas.evaluate.verdict import check_text
 from postnas.files import read_json
@@ -322,3 +323,13 @@ def test_dry_run_does_not_mix_devices(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "device_name", lambda device: "another")
     with pytest.raises(SystemExit, match="is of CPU"):
         started(module, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "placements").glob("*.json")), ids=lambda path: path.stem)
+def test_published_placements_fit_their_base(path: Path) -> None:
+    found = read_json(path)
+    assert len(found["placement"]) == read_json(SHAPES / "smollm2-135m.json")["num_hidden_layers"]
+    assert found["placement"].count("attn") == found["budget"]
+    assert set(found["placement"]) == {"attn", found["block"]} and found["block"] in linear_blocks()
+    measured = read_json(ROOT / "benchmarks" / "results" / "placement-h100.json")["rows"]
+    assert any(row.get("placement") == found["placement"] and row["kind"] == "search" for row in measured)
