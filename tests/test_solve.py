@@ -44,6 +44,8 @@ def made(run: Path) -> dict[str, bytes]:
 def test_the_flag_belongs_to_place_alone(first: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(first / "recipe.yaml")
     assert parse("place", [recipe, "--solve"])[1]["solve"] is True
+    assert parse("place", ["--solve", recipe])[1]["solve"] is True
+    assert parse("place", [recipe, "--solve", "false"])[1]["solve"] is False
     assert parse("place", [recipe])[1]["solve"] is False
     assert main(["align", recipe, "--solve"]) == 2
     assert "--solve: is not understood" in capsys.readouterr().err
@@ -157,3 +159,49 @@ def counted(patch: pytest.MonkeyPatch, stop: int | None = None) -> list[int]:
 
     patch.setattr(Gates, "advance", counting)
     return taken
+
+
+def test_a_second_pass_scores_only_what_holds_windows(first: Path, run: Path) -> None:
+    before = read_jsonl(run / "scored.jsonl")
+    for window in ("16", "12"):
+        known = read_jsonl(run / "scored.jsonl")
+        assert place(first, run, "--place.windows", "1", "--place.window", window) == 0
+        added = read_jsonl(run / "scored.jsonl")[len(known) :]
+        assert added and all("swa" in record["placement"] and record["window"] == int(window) for record in added)
+    assert not any("window" in record for record in before)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '"x"'])
+def test_a_file_that_says_nothing_of_the_candidates_is_one_line(
+    text: str, first: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "made.json").write_text(text, encoding="utf-8")
+    assert place(first, run, "--solve") == 2
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("made.json: does not say what the candidates are made from; leave --solve out once")
+    )
+
+
+@pytest.mark.parametrize("line", ["not json", "[]", '{"placement": ["attn"]}'])
+def test_a_damaged_line_of_scores_is_refused_and_nothing_is_lost(
+    line: str, first: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = run / "scored.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n", encoding="utf-8")
+    kept = path.read_bytes()
+    assert place(first, run) == 2
+    assert "scored.jsonl" in capsys.readouterr().err and path.read_bytes() == kept
+    path.write_text("\n".join([*lines, '{"key": "unfinis']), encoding="utf-8")
+    assert place(first, run) == 0
+
+
+def test_windows_that_cannot_be_are_told_before_anything_is_scored(
+    first: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = read_jsonl(run / "scored.jsonl")
+    assert place(first, run, "--place.windows", "4") == 2
+    assert "place.windows: 4 is not possible with 3 linear layers; give 0 to 3" in capsys.readouterr().err
+    assert read_jsonl(run / "scored.jsonl") == before
