@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postnas.blocks.dims import Dims
-from postnas.blocks.linear import LinearMixer, LinearOptions, normal
+from postnas.blocks.linear import LinearMixer, LinearOptions, normal, time_bias
 from postnas.blocks.norm import GatedRMSNorm
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
-from postnas.ops.gated_delta_rule import CHUNK, gated_delta_rule
+from postnas.ops.gated_delta_rule import gated_delta_rule, rule_flops
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,10 @@ class DeltaMixer(LinearMixer):
         generator: on the CPU, so that the draw is the same on every device; torch's own where None.
         """
         device = None if generator is None else generator.device
-        rate, time = (torch.empty(self.heads, dtype=torch.float32, device=device) for _ in range(2))
+        rate = torch.empty(self.heads, dtype=torch.float32, device=device)
         rate.uniform_(lowest, highest, generator=generator).clamp_(min=1e-4)
-        time.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
         self.A_log.copy_(rate.log())
-        self.dt_bias.copy_(time + torch.log(-torch.expm1(-time)))  # the inverse of softplus
+        self.dt_bias.copy_(time_bias(self.heads, generator))
 
     @torch.no_grad()
     def start_gates(self, sample: tuple[Tensor, Tensor] | None, start: str, generator: torch.Generator) -> None:
@@ -95,18 +93,11 @@ class DeltaMixer(LinearMixer):
     def flops(self, tokens: int, past: int = 0) -> int:
         """Floating-point operations (a multiply-add is two) of `tokens` tokens, chunked where there is more than one.
 
-        A chunk of C tokens, full or not, needs, a head, the products k.k, q.k (2 C C K each), the triangular
-        system on V + K columns (C C a column), scores times values (2 C C V), and three products with the state.
+        What the rule needs a head says `rule_flops`.
         """
         dims, keys, values = self.dims, self.key_dim, self.value_dim
         linear = 2 * dims.hidden * (self.heads * (2 * keys + 3 * values) + 2 * self.heads)
-        if tokens == 1:
-            rule = 6 * keys * values
-        else:
-            size = min(CHUNK, tokens)
-            chunks = -(-tokens // size)
-            rule = chunks * size * (size * (5 * keys + 3 * values) + 6 * keys * values)
-        return tokens * (linear + self.extra_flops()) + self.heads * rule
+        return tokens * (linear + self.extra_flops()) + self.heads * rule_flops(tokens, keys, values)
 
     def extra_flops(self) -> int:
         """Operations a token of the block's own convolution."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postnas.blocks.delta import DeltaOptions
 from postnas.blocks.dims import Dims
-from postnas.blocks.gated_deltanet import ShortConv
+from postnas.blocks.gated_deltanet import ShortConv, convolved
 from postnas.blocks.linear import LinearMixer, normal
 from postnas.blocks.norm import GatedRMSNorm, RMSNorm, widened
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
-from postnas.ops.dynamic_conv import causal_conv
 from postnas.ops.gated_delta_rule import gated_delta_rule, rule_flops
 
 
@@ -35,19 +33,7 @@ class ShortConvMixer(LinearMixer):
 
     def convolved(self, x: Tensor, step: Step, state: LinearState | None) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, T, hidden] -> q, k [B, T, heads, key_dim], v [B, T, heads, value_dim]; `state` keeps the inputs."""
-        inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0].T
-        mixed, conv = causal_conv(
-            step.mask(inputs),
-            taps,
-            history=None if state is None else state.conv,
-            segments=step.segments,
-            lengths=step.lengths,
-        )
-        if state is not None:
-            state.store(conv=conv)
-        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
-        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in F.silu(mixed).split([keys, keys, values], dim=-1))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in convolved(self, x, step, state))
         return q, k, v
 
     def strength(self, x: Tensor, step: Step) -> Tensor:

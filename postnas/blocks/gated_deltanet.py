@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,6 +29,27 @@ class ShortConv(nn.Module):
         self.weight[:, :, -1] = 1.0
 
 
+def convolved(mixer: Any, x: Tensor, step: Step, state: LinearState | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k [B, T, heads * key_dim] and v [B, T, heads * value_dim], each SiLU(conv(W x)) by a ShortConv of the mixer's.
+
+    `state` keeps the convolutions' inputs.
+    """
+    inputs = torch.cat([mixer.q_proj(x), mixer.k_proj(x), mixer.v_proj(x)], dim=-1)
+    taps = torch.cat([mixer.q_conv1d.weight, mixer.k_conv1d.weight, mixer.v_conv1d.weight])[:, 0].T
+    mixed, conv = causal_conv(
+        step.mask(inputs),
+        taps,
+        history=None if state is None else state.conv,
+        segments=step.segments,
+        lengths=step.lengths,
+    )
+    if state is not None:
+        state.store(conv=conv)
+    keys, values = mixer.heads * mixer.key_dim, mixer.heads * mixer.value_dim
+    q, k, v = F.silu(mixed).split([keys, keys, values], dim=-1)
+    return q, k, v
+
+
 class GatedDeltaNet(DeltaMixer):
     """q, k, v = SiLU(conv(W x)), then the gated delta rule."""
 
@@ -41,17 +64,4 @@ class GatedDeltaNet(DeltaMixer):
 
     def forward(self, x: Tensor, step: Step, state: LinearState | None = None) -> tuple[Tensor, LinearState | None]:
         """x: [B, T, hidden] -> y of the same shape; `state` is changed in place."""
-        inputs = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1)
-        taps = torch.cat([self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight])[:, 0].T
-        mixed, conv = causal_conv(
-            step.mask(inputs),
-            taps,
-            history=None if state is None else state.conv,
-            segments=step.segments,
-            lengths=step.lengths,
-        )
-        if state is not None:
-            state.store(conv=conv)
-        keys, values = self.heads * self.key_dim, self.heads * self.value_dim
-        q, k, v = F.silu(mixed).split([keys, keys, values], dim=-1)
-        return self.mix(x, q, k, v, step, state), state
+        return self.mix(x, *convolved(self, x, step, state), step, state), state

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from postnas.blocks.delta import DeltaOptions
 from postnas.blocks.delta_net import ShortConvMixer
 from postnas.blocks.dims import Dims
-from postnas.blocks.linear import normal
+from postnas.blocks.linear import normal, time_bias
 from postnas.blocks.norm import GatedRMSNorm, widened
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
@@ -103,12 +102,10 @@ class KDA(ShortConvMixer):
         generator: on the CPU, so that the draw is the same on every device; torch's own where None.
         """
         device = None if generator is None else generator.device
-        rate, time = (torch.empty(self.heads, dtype=torch.float32, device=device) for _ in range(2))
+        rate = torch.empty(self.heads, dtype=torch.float32, device=device)
         rate.uniform_(lowest, highest, generator=generator)
-        time.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
         self.A_log.copy_(rate.log())
-        bias = time + torch.log(-torch.expm1(-time))  # the inverse of softplus
-        self.dt_bias.copy_(bias.repeat_interleave(self.key_dim))
+        self.dt_bias.copy_(time_bias(self.heads, generator).repeat_interleave(self.key_dim))
 
     @torch.no_grad()
     def start_gates(self, sample: tuple[Tensor, Tensor] | None, start: str, generator: torch.Generator) -> None:

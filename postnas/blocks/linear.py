@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -106,6 +107,13 @@ class LinearMixer(nn.Module):
 def normal(shape: tuple[int, ...], std: float, generator: torch.Generator, like: Tensor) -> Tensor:
     """Drawn where the generator is, so that it is the same on every device; then brought to `like`'s."""
     return (torch.randn(shape, generator=generator) * std).to(like.device)
+
+
+def time_bias(heads: int, generator: torch.Generator | None) -> Tensor:
+    """[heads] float32 whose softplus, the time step, is log-uniform in [1e-3, 1e-1]; drawn where the generator is."""
+    time = torch.empty(heads, dtype=torch.float32, device=None if generator is None else generator.device)
+    time.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
+    return time + torch.log(-torch.expm1(-time))  # the inverse of softplus
 
 
 def constant_direction(x: Tensor) -> Tensor:

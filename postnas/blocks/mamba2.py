@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from postnas.blocks.dims import Dims
 from postnas.blocks.gated_deltanet import ShortConv
-from postnas.blocks.linear import LinearMixer, LinearOptions, normal
+from postnas.blocks.linear import LinearMixer, LinearOptions, normal, time_bias
 from postnas.blocks.norm import GatedRMSNorm, RMSNorm, widened
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
@@ -108,11 +108,10 @@ class Mamba2(LinearMixer):
         generator: on the CPU, so that the draw is the same on every device; torch's own where None.
         """
         device = None if generator is None else generator.device
-        rate, time = (torch.empty(self.heads, dtype=torch.float32, device=device) for _ in range(2))
+        rate = torch.empty(self.heads, dtype=torch.float32, device=device)
         rate.uniform_(lowest, highest, generator=generator)
-        time.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
         self.A_log.copy_(rate.log())
-        self.dt_bias.copy_(time + torch.log(-torch.expm1(-time)))  # the inverse of softplus
+        self.dt_bias.copy_(time_bias(self.heads, generator))
         self.D.fill_(1.0)
 
     @torch.no_grad()

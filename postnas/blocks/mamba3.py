@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from postnas.blocks.dims import Dims
-from postnas.blocks.linear import LinearMixer, LinearOptions, normal
+from postnas.blocks.linear import LinearMixer, LinearOptions, normal, time_bias
 from postnas.blocks.norm import GatedRMSNorm, RMSNorm, widened
 from postnas.blocks.state import LinearState
 from postnas.blocks.step import Step
@@ -77,10 +77,7 @@ class Mamba3(LinearMixer):
 
         generator: on the CPU, so that the draw is the same on every device; torch's own where None.
         """
-        device = None if generator is None else generator.device
-        time = torch.empty(self.heads, dtype=torch.float32, device=device)
-        time.uniform_(math.log(1e-3), math.log(1e-1), generator=generator).exp_()
-        self.dt_bias.copy_(time + torch.log(-torch.expm1(-time)))  # the inverse of softplus
+        self.dt_bias.copy_(time_bias(self.heads, generator))
         for ones in (self.D, self.q_bias, self.k_bias):
             ones.fill_(1.0)
 

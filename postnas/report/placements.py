@@ -11,7 +11,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from postnas.report.figure import GREY, MARKERS, WHEEL, figure, log_axis, style, svg, wrapped
-from postnas.report.plots import _log_shades, mixer_strips, strip_axes
+from postnas.report.plots import log_shades, mixer_strips, strip_axes
 
 BASELINES = ("uniform", "random")
 """Strategies that measure nothing: their lines are grey and broken."""
@@ -30,7 +30,7 @@ def alone(one_linear: Mapping[str, Sequence[float]], one_full: Mapping[str, Sequ
     maps: list[tuple[str, Mapping[str, Sequence[float]], Callable[[Sequence[float]], list[float]], str]] = []
     if one_linear:
         words = "one layer linear: loss added, nats a token;\ndark little, yellow much"
-        maps.append((words, one_linear, _log_shades, "≤ {high:.2g}"))
+        maps.append((words, one_linear, log_shades, "≤ {high:.2g}"))
     if one_full:
         words = "one layer on attention: loss left, nats a token;\ndark most, yellow least"
         maps.append((words, one_full, _low_shades, "{low:.2f}–{high:.2f}"))

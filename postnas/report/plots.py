@@ -50,7 +50,7 @@ def sensitivity(scores: dict[str, Any] | None, placement: dict[str, Any] | None)
         drawn = figure(1.35 + 0.34 * len(names))
         axes = drawn.subplots()
         for y, values in enumerate(rows.values()):
-            shades = _log_shades(values)
+            shades = log_shades(values)
             for x, shade in enumerate(shades):
                 colour = matplotlib.colormaps["viridis"](shade)
                 axes.add_patch(Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, facecolor=colour, linewidth=0))
@@ -65,7 +65,7 @@ def sensitivity(scores: dict[str, Any] | None, placement: dict[str, Any] | None)
         return svg(drawn, f"Cost of making one layer linear, and the mixers of {layers} layers")
 
 
-def _log_shades(values: Sequence[float]) -> list[float]:
+def log_shades(values: Sequence[float]) -> list[float]:
     """0 to 1 for a hundredth of the largest value, and less, to the largest, on a logarithmic scale."""
     top = max(values)
     if top <= 0:

@@ -49,7 +49,7 @@ def place(
             f"place.budget: {settings.budget} is more than the base's {layers} layers; give at most {layers}"
         )
     objective = weights(settings.objective)
-    with Progress("place", _evaluations(settings, layers), unit="placements", quiet=parallel.rank() > 0) as bar:
+    with Progress("place", evaluations(settings, layers), unit="placements", quiet=parallel.rank() > 0) as bar:
         score = _scored_by(objective, scorer, attention, bar)
         placement = _solved(scorer, score, attention, settings, seed, folder)
         windowed: list[dict[str, Any]] = []
@@ -165,7 +165,7 @@ def _refused(probabilities: Tensor, step: int) -> Tensor:
     raise UserError("solve: `gates` has to train on the model first; leave --solve out, or change place.strategy")
 
 
-def _evaluations(settings: Place, layers: int) -> int:
+def evaluations(settings: Place, layers: int) -> int:
     """Placements that a strategy asks the score of, at most; `gates` may go on exchanging for some rounds, as may
     whatever chooses among several blocks."""
     budget, width, more = settings.budget, settings.width, len(settings.choices) - 1

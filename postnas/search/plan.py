@@ -35,7 +35,7 @@ from postnas.search.cost import (
     weights_stage,
 )
 from postnas.search.objectives import LENGTH, members
-from postnas.search.placement import _evaluations as evaluations
+from postnas.search.placement import evaluations
 from postnas.search.strategies import uniform
 
 KEPT = (0, 1, 2, 4, 8)

@@ -31,6 +31,7 @@ from postnas.models.model import HybridForCausalLM
 from postnas.models.supernet import Placement, Supernet
 from postnas.recipe import Align, Evaluate, Train
 from postnas.search import objectives
+from postnas.search.scores import BATCH
 from postnas.search.speed import decode_speed, device_name
 from postnas.train import parallel
 from postnas.train.align import digest, learn, new_candidates
@@ -43,8 +44,6 @@ SCORED = ("kl", "needle")
 """Objectives of the search that every variant is measured by."""
 LEAST = 2048
 """Tokens that these have at least; as many as perplexity has where that has more."""
-BATCH = 16_384
-"""Tokens that are scored at a time."""
 WARM_UP = 2
 """Steps that do not count for the speed of training: kernels are compiled in them."""
 
