@@ -1,34 +1,47 @@
 """Blocks, designs of the JetBlock and sizes on equal terms: SmolLM2-135M with four layers on full attention.
 
+    python benchmarks/blocks_h100.py speeds                            # alone on the GPU
     python benchmarks/blocks_h100.py blocks --seed 0 --seconds 550     # then --seed 1; so for ablation and sizes
+    python benchmarks/blocks_h100.py blocks --only jet gla             # several processes may share the work
     python benchmarks/blocks_h100.py sizes_2b                          # decode speed alone, at the 2B shape
     python benchmarks/blocks_h100.py table
 
 What is done is kept in runs/blocks (or $KEPT), and the same command goes on; --seconds stops it in time, between two
-variants. Every variant is aligned, tries each learning rate, is distilled and measured by `postnas.search.blocks`,
-with the same tokens, order and rows for all of a seed. Blocks have the same value dim, twice the key dim, so that
-states weigh alike. A block without a kernel that fla's trial has found right is trained through its plain form on
-fewer tokens, and its row says so. `table` writes blocks-h100.json, ablation-h100.json and sizes-h100.json to
-benchmarks/results (or $OUT): a row for each variant, task and metric, with the paired difference from the first
-variant. --recipe, --placement: others, to try every line at a tiny size.
+variants. Every variant is aligned, tries each learning rate, is distilled and measured by `postnas.search.variants`,
+with the same tokens, order and rows for all of a seed, in a folder of its own, which one process at a time holds.
+Blocks have the same value dim, twice the key dim, so that states weigh alike. A block without a kernel that fla's trial
+has found right is trained through its plain form on fewer tokens, and its row says so.
+
+`speeds` times a few steps of the distillation, and decode, of every block and design; no other step's times count.
+Of sizes it times decode first, by which `sizes` chooses what it trains; asked again after `sizes`, their training too.
+`table` writes blocks-h100.json, ablation-h100.json and sizes-h100.json to
+benchmarks/results (or $OUT): a row for each variant, task and metric, with its speeds and the paired difference from
+the first variant. --recipe, --placement: others, to try every line at a tiny size. --tokens, --align-tokens,
+--lr-tokens: other lengths of training.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import os
+import re
+import shutil
+import statistics
 import time
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
+from placement_h100 import claimed
 
 from postnas.__main__ import read_recipe
 from postnas.blocks import linear_blocks, make_block
 from postnas.errors import UserError
-from postnas.files import read_json, write_json
+from postnas.files import read_json, read_jsonl, write_json
 from postnas.models.config import HybridConfig
 from postnas.models.model import HybridForCausalLM
 from postnas.ops import fla
@@ -36,6 +49,8 @@ from postnas.run import Run
 from postnas.search import blocks, sizes
 from postnas.search.speed import decode_speed, device_name
 from postnas.search.variants import Comparison, Terms, Variant
+from postnas.train.align import new_candidates
+from postnas.train.distill import train_mixers
 from postnas.trials import Select, Size
 from postnas.warm import training
 
@@ -54,6 +69,8 @@ TERMS: dict[str, Any] = {
 }
 PLAIN_TOKENS = 1_000_000
 """Tokens of the distillation where only the plain form is there."""
+SKIPPED, TIMED = 6, 16
+"""Training steps that are not timed, in which kernels are compiled and the step is captured, and those that are."""
 DESIGNS: dict[str, dict[str, Any]] = {
     "jet": {},
     "static on v": {"conv_v": "static"},
@@ -66,8 +83,8 @@ DESIGNS: dict[str, dict[str, Any]] = {
     "SiLU before the convolution": {"silu_first": True},
 }
 SIZES = {"heads": [3, 6, 9, 12], "key_dims": [32, 64, 96], "trained": 6}
-PAPER = ((256, 288, 4), (192, 384, 4), (128, 576, 4), (256, 144, 8), (192, 192, 8), (128, 288, 8), (128, 192, 12))
-PAPER += ((96, 256, 12), (64, 384, 12))
+PAPER = [(256, 288, 4), (192, 384, 4), (128, 576, 4), (256, 144, 8), (192, 192, 8), (128, 288, 8), (128, 192, 12)]
+PAPER += [(96, 256, 12), (64, 384, 12)]
 """Key dim, value dim and heads of the paper's table of sizes."""
 LAYERS_2B = ["attn" if n in (14, 19) else "swa" if n in (20, 21) else "gated_deltanet" for n in range(28)]
 SHAPE_2B = "tests/shapes/qwen2.5-1.5b.json"
@@ -78,82 +95,186 @@ class Bench:
     """One seed's comparisons."""
 
     def __init__(self, given: argparse.Namespace) -> None:
-        self.until, self.given = time.monotonic() + given.seconds, given
+        self.until, self.given, self.tiny = time.monotonic() + given.seconds, given, given.recipe != RECIPE
         recipe = read_recipe("run", [given.recipe, "--seed", str(given.seed)])
         self.run = Run(dataclasses.replace(recipe, out=str(KEPT / f"seed-{given.seed}")))
         torch.set_num_threads(recipe.threads if self.run.device.type == "cpu" else 8)
-        kept = given.placement or PLACEMENT
+        kept = PLACEMENT if given.placement is None else given.placement
         layers = self.run.base.config.num_hidden_layers
         placement = ["attn" if layer in kept else recipe.place.block for layer in range(layers)]
         write_json(self.run.folder / "placement.json", {"placement": placement})
         self.terms: Terms = self.run.terms("select")
         self.kernels: dict[str, bool] = {}
-        self.short = {"tokens": recipe.train.tokens, "align_tokens": recipe.align.tokens, "lr_tokens": 256, "limit": 4}
-        self.short |= {"context": 64}
 
     def settings(self, kind: type, **more: Any) -> Any:
-        tiny = self.given.recipe != RECIPE
-        return kind(**TERMS | (self.short if tiny else {}) | more)
+        recipe = self.run.recipe
+        asked: dict[str, Any] = {}
+        if self.tiny:
+            asked |= {"tokens": recipe.train.tokens, "align_tokens": recipe.align.tokens, "lr_tokens": 256}
+            asked |= {"limit": 4, "context": 64}
+        for name in ("tokens", "align_tokens", "lr_tokens"):
+            asked |= {name: getattr(self.given, name)} if getattr(self.given, name) else {}
+        return kind(**TERMS | asked | more)
 
     def blocks(self) -> None:
-        self.all("blocks", [Variant(name, name, dict(EXPAND)) for name in linear_blocks()])
+        self.train_all("blocks", BLOCKS)
 
     def ablation(self) -> None:
-        self.all("ablation", [Variant(name, "jet", EXPAND | changed) for name, changed in DESIGNS.items()])
+        self.train_all("ablation", ABLATION)
 
-    def all(self, stage: str, variants: list[Variant]) -> None:
-        """Train what is missing while there is time; then keep the rows of what is there."""
-        settings, done = {}, []
+    def wanted(self, variants: list[Variant]) -> Iterator[Variant]:
+        """Those that --only names, all without it, while there is time."""
         for variant in variants:
-            plain = self.run.device.type == "cuda" and not self.has_kernel(variant)
-            settings[variant.name] = self.settings(Select, **({"tokens": PLAIN_TOKENS} if plain else {}))
-            comparison = Comparison(stage, settings[variant.name], self.terms)
             if time.monotonic() > self.until:
-                break
-            begin = time.monotonic()
-            try:
-                comparison.trained(variant)
-                comparison.speed(variant)
-            except (UserError, RuntimeError) as error:  # whatever it is, the other variants can be compared
-                print(f"{variant.name}: {type(error).__name__}: {error}", flush=True)
-                continue
-            done.append(variant)
-            print(f"{variant.name}: {time.monotonic() - begin:.1f} s", flush=True)
-        rows = []
-        for variant in done:
-            # all rows are on the same texts, so each may be compared with the first, whatever it was trained on
-            made = Comparison(stage, settings[variant.name], self.terms)
-            first = Comparison(stage, settings[done[0].name], self.terms).trained(done[0])["outputs"]
-            scores = blocks.paired_scores(first, made.trained(variant)["outputs"], variant is done[0])
-            own = {
-                k: v for k, v in (made.trained(variant) | made.speed(variant)).items() if k not in ("key", "outputs")
-            }
-            kernel = self.run.device.type != "cuda" or self.has_kernel(variant)
-            rows.append({"variant": variant.name, "block": variant.block, "kernel": kernel} | own | {"scores": scores})
-        self.keep(stage, rows)
+                return
+            if not self.given.only or variant.name in self.given.only:
+                yield variant
 
-    def has_kernel(self, variant: Variant) -> bool:
-        """Does a layer of the block learn through kernels that were found right? Compiles them."""
+    def train_all(self, stage: str, variants: list[Variant]) -> None:
+        """Train and measure what is missing and no other process is at."""
+        for variant in self.wanted(variants):
+            folder = variant_folder(self.run.folder, variant)
+            with claimed(folder) as mine:
+                if mine:
+                    self.train(stage, variant, folder)
+
+    def train(self, stage: str, variant: Variant, folder: Path) -> None:
+        """Both stages have the JetBlock; on the same terms it is trained once."""
+        settings, begin = self.settings(Select), time.monotonic()
+        kernel = self.has_kernel(variant)
+        if kernel is False:
+            settings = dataclasses.replace(settings, tokens=min(settings.tokens, PLAIN_TOKENS))
+        row = {"variant": variant.name, "block": variant.block, "kernel": kernel}
+        try:
+            made = Comparison(stage, settings, dataclasses.replace(self.terms, folder=folder)).trained(variant)
+        except (UserError, RuntimeError) as error:  # whatever it is, the other variants can be compared
+            row["error"] = f"{type(error).__name__}: {error}"
+            self.keep(folder / f"{stage}-error.json", row)
+            print(f"{variant.name}: {row['error']}", flush=True)
+            return
+        finally:
+            freed()
+        # a speed that was taken beside other processes is none
+        self.keep(folder / f"{stage}.json", row | without(made, "key", "train_tokens_per_s"))
+        print(f"{variant.name}: {time.monotonic() - begin:.1f} s", flush=True)
+
+    def has_kernel(self, variant: Variant) -> bool | None:
+        """Does a layer of the block learn through kernels that were found right? None without a GPU."""
+        if self.run.device.type != "cuda":
+            return None
         if variant.block not in self.kernels:
-            before = set(fla.asked)
+            before = dict(fla.asked)
+            fla.asked.clear()  # another block may have asked for the same shape
             with torch.device(self.run.device):
                 block = make_block(variant.block, self.terms.base.config.dims(), variant.options)
             training(block, self.terms.compute, borders=False)
-            found = [kernel for shape, kernel in fla.asked.items() if shape not in before]
-            self.kernels[variant.block] = None not in found
+            self.kernels[variant.block] = bool(fla.asked) and None not in fla.asked.values()
+            fla.asked.update(before)
         return self.kernels[variant.block]
 
-    def sizes(self) -> None:
-        tiny = self.given.recipe != RECIPE
-        chosen = SIZES | ({"heads": [2, 4], "key_dims": [4, 8], "trained": 2} if tiny else {})
-        found = sizes.size(self.settings(Size, **chosen), self.terms, "jet", dict(EXPAND))
-        self.keep("sizes", found["rows"])
-        self.keep("grid", found["grid"])
+    # ---- sizes
 
-    def keep(self, stage: str, rows: list[dict[str, Any]]) -> None:
+    def size_settings(self) -> Size:
+        chosen = SIZES | ({"heads": [2, 4], "key_dims": [4, 8], "trained": 2} if self.tiny else {})
+        settings: Size = self.settings(Size, **chosen)
+        return settings
+
+    @property
+    def size_terms(self) -> Terms:
+        return dataclasses.replace(self.terms, folder=self.run.folder / "sizes")
+
+    def sizes(self) -> None:
+        with claimed(self.run.folder / "sizes") as mine:
+            if mine:
+                found = sizes.size(self.size_settings(), self.size_terms, "jet", dict(EXPAND))
+                self.keep(self.run.folder / "sizes.json", {"rows": found["rows"], "grid": found["grid"]})
+
+    # ---- speeds
+
+    def speeds(self) -> None:
+        """Training and decode of every variant, one after the other."""
+        if not self.given.only:
+            self.grid_speeds()
+        path = KEPT / "speeds.json"
+        found = read_json(path)["rows"] if path.exists() else []
+        device = device_name(self.run.device)
+        for variant in self.wanted(unique([*BLOCKS, *ABLATION, *trained_sizes()])):
+            if any((row["variant"], row["device"]) == (variant.name, device) and "error" not in row for row in found):
+                continue
+            row: dict[str, Any] = {"variant": variant.name, "block": variant.block, "options": variant.options}
+            row |= {"device": device, "torch": torch.__version__}
+            try:
+                row |= {"kernel": self.has_kernel(variant)} | self.speed(variant)
+            except (UserError, RuntimeError) as error:
+                row["error"] = f"{type(error).__name__}: {error}"
+            freed()
+            print(row, flush=True)
+            found = [old for old in found if old["variant"] != variant.name] + [row]
+            write_json(path, {"date": date.today().isoformat(), "rows": found})
+
+    def speed(self, variant: Variant) -> dict[str, Any]:
+        """Tokens/s of a few steps of the distillation, and of decode; both from random or just inherited weights."""
+        folder, terms = self.run.folder / "speed", self.terms
+        shutil.rmtree(folder, ignore_errors=True)
+        align = dataclasses.replace(terms.align, blocks=[variant.block], options={variant.block: variant.options})
+        mixers = new_candidates(terms.base, align, terms.tokens, terms.seed, terms.compute, terms.linear)
+        net, placement = terms.supernet(variant.block, mixers[variant.block]), terms.placed(variant.block)
+        tokens = (SKIPPED + TIMED) * terms.train.batch * terms.train.length
+        train = dataclasses.replace(terms.train, tokens=tokens)
+        how = terms.seed, terms.compute, variant.name, terms.borders
+        train_mixers(net, placement, train, terms.tokens, folder, *how)
+        rates = [line["tokens_per_s"] for line in read_jsonl(folder / "metrics.jsonl")][SKIPPED:]
+        row: dict[str, Any] = {"train_tokens_per_s": statistics.median(rates), "train_n": len(rates)}
+        row |= {"train_stderr": statistics.stdev(rates) / len(rates) ** 0.5}
+        row |= {"train_batch": train.batch, "train_length": train.length}
+        del net, mixers
+        freed()
+        settings = self.settings(Select)
+        found = Comparison("speeds", settings, dataclasses.replace(terms, folder=folder)).speed(variant)
+        shutil.rmtree(folder)
+        row |= {"context": settings.context, "batch": settings.batch}
+        return row | without(found, "key")
+
+    def grid_speeds(self) -> None:
+        """Decode of every size, kept where `sizes` looks for it."""
+        settings, terms = self.size_settings(), self.size_terms
+        base = Variant("", "jet", dict(EXPAND))
+        cache = terms.meta(base).state_bytes(1, terms.dtype)
+        shape = terms.base.config.dims(), cache, settings.heads, settings.key_dims, base.options, settings.tolerance
+        found, _ = sizes.grid("jet", *shape, terms.dtype)
+        comparison = Comparison("size", settings, terms)
+        for options in [base.options, *found]:
+            comparison.speed(Variant("", "jet", options))
+
+    def keep(self, path: Path, value: dict[str, Any]) -> None:
         stamp = {"device": device_name(self.run.device), "torch": torch.__version__, "date": date.today().isoformat()}
-        stamp |= {"seed": self.given.seed}
-        write_json(self.run.folder / f"{stage}.json", stamp | {"rows": rows})
+        write_json(path, stamp | {"seed": self.given.seed} | value)
+
+
+BLOCKS = [Variant(name, name, dict(EXPAND)) for name in linear_blocks()]
+ABLATION = [Variant(name, "jet", EXPAND | changed) for name, changed in DESIGNS.items()]
+"""The first of each is what the others are compared with. A variant of the same name is the same one."""
+
+
+def unique(variants: list[Variant]) -> list[Variant]:
+    return list({variant.name: variant for variant in variants}.values())
+
+
+def trained_sizes() -> list[Variant]:
+    """The sizes that some seed has trained."""
+    rows = [row for path in sorted(KEPT.glob("seed-*/sizes.json")) for row in read_json(path)["rows"]]
+    return unique([Variant(row["name"], row["block"], row["options"]) for row in rows])
+
+
+def variant_folder(seed_folder: Path, variant: Variant) -> Path:
+    return seed_folder / "variants" / re.sub("[^a-z0-9]+", "-", variant.name.lower())
+
+
+def freed() -> None:
+    """Graphs refer to themselves, and hold what they need on a GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def sizes_2b(given: argparse.Namespace) -> None:
@@ -188,36 +309,76 @@ def sizes_2b(given: argparse.Namespace) -> None:
 
 def table(given: argparse.Namespace) -> None:
     """The published files, over all seeds that are there."""
-    results = Path(os.environ.get("OUT", "benchmarks/results"))
-    for stage, name in (("blocks", "blocks-h100"), ("ablation", "ablation-h100"), ("sizes", "sizes-h100")):
-        rows: list[dict[str, Any]] = []
-        stamp: dict[str, Any] = {}
-        for path in sorted(KEPT.glob(f"seed-*/{stage}.json")):
-            found = read_json(path)
-            stamp = {key: found[key] for key in ("device", "torch", "date")}
-            for one in found["rows"]:
-                plain = {key: value for key, value in one.items() if key not in ("scores", "rates", "name")}
-                plain |= {"variant": one.get("variant", one.get("name")), "seed": found["seed"]}
-                rows += [plain | {("score" if k == "value" else k): v for k, v in s.items()} for s in one["scores"]]
-        if stage == "sizes":
-            for path in [*sorted(KEPT.glob("seed-*/grid.json")), *KEPT.glob("sizes_2b.json")]:
-                found = read_json(path)
-                stamp = {key: found[key] for key in ("device", "torch", "date")}
-                extra = {key: found[key] for key in ("seed", "context", "batch") if key in found}
-                rows += [{"shape": "2B" if path.stem == "sizes_2b" else "135M"} | extra | row for row in found["rows"]]
-        if rows:
-            command = f"python benchmarks/blocks_h100.py {stage}"
-            write_json(results / f"{name}.json", {"command": command} | stamp | {"rows": rows})
-            print(f"wrote {results / name}.json: {len(rows)} rows")
+    path = KEPT / "speeds.json"
+    speeds = {row["variant"]: row for row in read_json(path)["rows"]} if path.exists() else {}
+    for stage, variants in (("blocks", BLOCKS), ("ablation", ABLATION)):
+        stamps, rows = [], []
+        for seed_folder in sorted(KEPT.glob("seed-*")):
+            folders = {variant.name: variant_folder(seed_folder, variant) for variant in variants}
+            paths = {name: folder / f"{stage}.json" for name, folder in folders.items()}
+            done = {name: read_json(path) for name, path in paths.items() if path.exists()}
+            failed = [folder / f"{stage}-error.json" for name, folder in folders.items() if name not in done]
+            rows += [read_json(path) for path in failed if path.exists()]
+            first = done.get(variants[0].name)
+            for name, made in done.items():
+                alone = first is None or made is first
+                base = made if first is None else first
+                scores = blocks.paired_scores(base["outputs"], made["outputs"], alone)
+                stamps.append({key: made[key] for key in ("device", "torch", "date")})
+                own = without(made, "outputs", "device", "torch", "date")
+                rows += with_scores(own | speed_of(speeds, name), scores)
+        publish(stage, stamps, rows)
+    stamps, rows = [], []
+    for path in sorted(KEPT.glob("seed-*/sizes.json")):
+        found = read_json(path)
+        stamps.append({key: found[key] for key in ("device", "torch", "date")})
+        for row in found["rows"]:
+            own = {"variant": row["name"], "seed": found["seed"]} | without(row, "name", "scores", "train_tokens_per_s")
+            rows += with_scores(own | speed_of(speeds, row["name"]), row["scores"])
+        rows += [{"shape": "135M", "seed": found["seed"]} | row for row in found["grid"]]
+    for path in KEPT.glob("sizes_2b.json"):
+        found = read_json(path)
+        stamps.append({key: found[key] for key in ("device", "torch", "date")})
+        rows += [{"shape": "2B", "context": found["context"], "batch": found["batch"]} | row for row in found["rows"]]
+    publish("sizes", stamps, rows)
+
+
+def speed_of(speeds: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    """What `speeds` found, with the card that it was measured on."""
+    row = speeds.get(name, {})
+    found = without(row, "variant", "block", "options", "kernel", "torch", "device", "error")
+    return found | ({"speed_device": row["device"]} if found else {})
+
+
+def with_scores(row: dict[str, Any], scores: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each score."""
+    own = without(row, "rates")
+    return [own | {("score" if key == "value" else key): value for key, value in score.items()} for score in scores]
+
+
+def without(row: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if key not in names}
+
+
+def publish(stage: str, stamps: list[dict[str, Any]], rows: list[dict[str, Any]]) -> None:
+    path = Path(os.environ.get("OUT", "benchmarks/results")) / f"{stage}-h100.json"
+    if rows:
+        command = {"command": f"python benchmarks/blocks_h100.py speeds {stage} table"}
+        write_json(path, command | (stamps[-1] if stamps else {}) | {"rows": rows})
+        print(f"wrote {path}: {len(rows)} rows")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("steps", nargs="+", choices=["blocks", "ablation", "sizes", "sizes_2b", "table"])
+    parser.add_argument("steps", nargs="+", choices=["speeds", "blocks", "ablation", "sizes", "sizes_2b", "table"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--recipe", default=RECIPE)
     parser.add_argument("--placement", type=int, nargs="+")
+    known = [variant.name for variant in unique([*BLOCKS, *ABLATION, *trained_sizes()])]
+    parser.add_argument("--only", nargs="+", choices=known, metavar="NAME")
+    for name in ("--tokens", "--align-tokens", "--lr-tokens"):
+        parser.add_argument(name, type=int)
     given = parser.parse_args()
     bench = None
     for step in given.steps:

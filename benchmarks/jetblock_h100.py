@@ -1,6 +1,7 @@
 """The JetBlock's decode step on one GPU: the kernel, a layer, and the whole 2B model, against the copy ceiling.
 
     python benchmarks/jetblock_h100.py           # about two minutes on an H100
+    python benchmarks/jetblock_h100.py --decode-only     # the kernel alone, to $OUT: see jetblock_sweep.py
     TRITON_INTERPRET=1 python benchmarks/jetblock_h100.py --tiny     # every line, on a CPU, at toy sizes
 
 Weights, inputs and states are random. Kernels go round the states of 24 layers, so that the L2 cache does not flatter
@@ -18,7 +19,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import date
 from math import isfinite
 from pathlib import Path
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jet_nemotron_2b import OFFICIAL
+from jetblock_sweep import SWEEP
 from torch import Tensor
 
 from postnas.blocks.step import Ledger
@@ -35,11 +38,12 @@ from postnas.generate.step import Decoder
 from postnas.models import JetNemotronConfig, JetNemotronForCausalLM
 from postnas.models.cache import HybridCache
 from postnas.ops.jet_decode import conv_step_plain, jet_decode_plain
-from postnas.ops.jet_decode_triton import TILES, conv_step_triton, jet_decode_triton
+from postnas.ops.jet_decode_triton import TILES, Tile, conv_step_triton, jet_decode_triton
 
-TINY = "--tiny" in sys.argv
+TINY, DECODE_ONLY = (word in sys.argv for word in ("--tiny", "--decode-only"))
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
+RESULT = Path(os.environ.get("OUT", "benchmarks/results")) / f"jetblock-{'tiny' if TINY else 'h100'}.json"
 LIMIT, SOFT = 170, 135
 """Seconds after which the process ends, whatever it does, and after which no new case begins."""
 BEGIN = time.monotonic()
@@ -51,10 +55,9 @@ if TINY:
     SHAPES = {name: (2, 24, 48, 20) for name in SHAPES}
 TAPS = 4
 CONFIGS = {
-    torch.float32: [(32, 1, 1), (64, 2, 1), (64, 4, 1), (64, 8, 1), (128, 4, 1)],
-    torch.bfloat16: [(64, 1, 1), (64, 2, 1), (64, 2, 3), (128, 2, 1), (128, 4, 1), (256, 4, 1)],
+    torch.float32: [Tile(32, 1), Tile(64, 2), Tile(64, 4), Tile(64, 8), Tile(128, 4)],
+    torch.bfloat16: [Tile(64, 1), Tile(64, 2), Tile(64, 4), Tile(128, 2), Tile(128, 4), Tile(256, 4)],
 }
-"""Columns of a tile, warps, stages."""
 COPY = [0.0]
 """Bytes a second, read and written, once measured."""
 ROWS: list[dict[str, Any]] = []
@@ -67,16 +70,9 @@ def add(**row: Any) -> None:
         row["copy_tb_s"] = COPY[0] / 1e12
     ROWS.append({name: str(x) if isinstance(x, float) and not isfinite(x) else x for name, x in row.items()})
     print(f"{time.monotonic() - BEGIN:6.1f} s", row, flush=True)
-    write_json(
-        Path(os.environ.get("OUT", "benchmarks/results")) / f"jetblock-{'tiny' if TINY else 'h100'}.json",
-        {
-            "command": " ".join(["python", "benchmarks/jetblock_h100.py", *sys.argv[1:]]),
-            "device": torch.cuda.get_device_name() if CUDA else "cpu",
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-            "rows": ROWS,
-        },
-    )
+    stamp = {"command": " ".join(["python", "benchmarks/jetblock_h100.py", *sys.argv[1:]])}
+    stamp |= {"device": torch.cuda.get_device_name() if CUDA else "cpu", "torch": torch.__version__}
+    write_json(RESULT, stamp | {"date": date.today().isoformat(), "rows": ROWS})
 
 
 @contextmanager
@@ -223,29 +219,47 @@ def correctness(shape: str, state_dtype: torch.dtype) -> None:
         add(op="jet_decode_error", shape=shape, batch=3, fused=fused, **kinds(state_dtype), **errors, conv_equal=same)
 
 
-def kernel(shape: str, batch: int, state_dtype: torch.dtype, configs: list[tuple[int, int, int]]) -> None:
-    """The kernel with given taps by each tile. The fastest of several is the one in use from here on: TILES in
-    `jet_decode_triton` should say the same. The baseline is the plain form, in a graph too."""
+def kernel(shape: str, batch: int, state_dtype: torch.dtype, configs: list[Tile]) -> list[Tile]:
+    """The kernel with given taps by each tile; the tiles, the fastest first. That one is in use from here on: TILES
+    in `jet_decode_triton` should say the same. The baseline is the plain form, in a graph too."""
     count = LAYERS if TINY or batch > 8 else 4 * LAYERS  # 24 layers' states of one row would fit into the L2 cache
     layers = [layer_inputs(shape, batch, state_dtype) for _ in range(count)]
 
-    def work(step: Callable[..., Tensor], settings: dict[str, int]) -> float:
+    def work(step: Callable[..., Tensor], settings: dict[str, Any]) -> float:
         return timed(lambda: [with_kernels(layer, step, **settings) for layer in layers]) / count
 
-    found: dict[tuple[int, int, int], float] = {}
+    def compiled(config: Tile) -> None:
+        with suppress(Exception):  # it fails once more below, and leaves its row
+            with_kernels(layers[0], jet_decode_triton, settings=config)
+
+    with ThreadPoolExecutor(8 if CUDA else 1) as pool:  # leaving it waits for all
+        pool.map(compiled, configs)
+    found: dict[Tile, float] = {}
     shared = {"shape": shape, "batch": batch, "tokens": batch, "bytes": moved(layers[0], ("v", "kernels"))}
     shared |= kinds(state_dtype)
     for config in configs:
         with case("jet_decode_tile"):
-            settings = dict(zip(("tile", "warps", "stages"), config, strict=True))
-            found[config] = work(jet_decode_triton, settings)
-            add(op="jet_decode_tile", ms=found[config], **settings, **shared)
-    if found:
-        TILES[state_dtype] = best = min(found, key=lambda config: found[config])
+            found[config] = work(jet_decode_triton, {"settings": config})
+            add(op="jet_decode_tile", ms=found[config], **config._asdict(), **shared)
+    ranked = sorted(found, key=lambda config: found[config])
+    if ranked:
+        TILES[state_dtype] = best = ranked[0]
         row: dict[str, Any] = {"ms": found[best], "config": list(best)}
         if batch < 384:
             row |= {"baseline": "plain PyTorch in a CUDA graph", "baseline_ms": work(jet_decode_plain, {})}
         add(op="jet_decode", **row, **shared)
+    return ranked
+
+
+def sweep(state_dtype: torch.dtype) -> None:
+    """Every tile at batch 128; the best three at others too, and the best against the plain form."""
+    first, *others = (2, 3, 1) if TINY else (128, 384, 1)
+    with case("jet_decode"):
+        best = kernel("2B", first, state_dtype, [Tile(*config) for config in SWEEP[named(state_dtype)]])
+        for batch in others:
+            kernel("2B", batch, state_dtype, best[:3])
+        TILES[state_dtype] = best[0]
+        correctness("2B", state_dtype)
 
 
 def taps(batch: int) -> None:
@@ -361,12 +375,17 @@ def whole_model(model: Any, batch: int, fused: bool, state_dtype: torch.dtype, b
 
 @torch.no_grad()
 def main() -> None:
+    assert not DECODE_ONLY or "OUT" in os.environ, "--decode-only needs $OUT: it would write over a whole run's rows"
     signal.signal(signal.SIGALRM, lambda *_: os._exit(3))
     signal.alarm(LIMIT)
     torch.manual_seed(0)
     wide, small = CONFIGS
     with case("ceilings"):
         ceilings()
+    if DECODE_ONLY:
+        sweep(small)
+        sweep(wide)
+        return
     for batch in (3, 2, 1) if TINY else (384, 1, 128):  # what is in use afterwards is the best of the last two
         for state_dtype, configs in CONFIGS.items():
             with case("jet_decode"):

@@ -1,15 +1,16 @@
 """Every search strategy on equal terms: placements of SmolLM2-135M, each distilled on the same tokens and evaluated.
 
-    python benchmarks/placement_h100.py align search distil [--seed 0] [--seconds 550]
+    python benchmarks/placement_h100.py align search distil score [--seed 0] [--seconds 550]
     python benchmarks/placement_table.py
 
 Works through the steps that are named, in this order, and stops in time; what is done is kept in runs/placement (or
 $KEPT), and the same command goes on. `align` makes three sets of candidates: aligned ones, and copies that then learnt
 inside random paths by feature distillation (the paper's, `feature`) or by KL (`kl`, the remedy). `search` runs the
-strategies on each set, and scores every layer alone for the heat maps. `distil` trains each placement found from the
-aligned candidates, on the same tokens in the same order, and keeps what the hybrid gives to every row; placements
-beyond those of the strategies fill up what the rank correlation needs. The table writes
-benchmarks/results/placement-h100.json (or $OUT).
+strategies, and scores every layer alone for the heat maps; seeds other than 0 search what EVERY_SEED names. `distil`
+trains each placement found from the aligned candidates, on the same tokens in the same order, and keeps what the hybrid
+gives to every row; placements beyond those of the strategies fill up what the rank correlation needs. Several processes
+may distil side by side: each takes the next placement that nobody has. `score` gives each of them its search score by
+every set. The table writes benchmarks/results/placement-h100.json (or $OUT).
 --recipe: another one, to try every line at a tiny size.
 """
 
@@ -17,24 +18,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import os
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from placement_rows import Rows
 
 from postnas.__main__ import read_recipe
-from postnas.evaluate import suite
-from postnas.evaluate.perplexity import perplexity
-from postnas.evaluate.recall import copy
-from postnas.evaluate.task import load_task
 from postnas.files import read_json, read_jsonl, replacing, write_json
 from postnas.models.supernet import Placement, Supernet
 from postnas.pipeline import STAGE_FUNCTIONS, Run
@@ -55,18 +55,20 @@ BUDGETS = (1, 2, 4, 8)
 MAIN = 4
 """The budget whose placements are distilled with every seed."""
 SEARCHED = ("swap", "greedy", "beam", "gates")
-EVERY_BUDGET = [("aligned", strategy) for strategy in SEARCHED] + [("feature", "beam")]
-"""Sets and strategies that are asked for all budgets; the others are compared at MAIN alone."""
+SECOND = 2
+"""The budget whose placements are distilled with the first seed alone."""
+SEARCHES: dict[tuple[str, str], tuple[int, ...]] = {("aligned", strategy): BUDGETS for strategy in SEARCHED}
+SEARCHES |= {("feature", "beam"): (MAIN, SECOND), ("kl", "beam"): (MAIN, SECOND)}
+SEARCHES |= {("feature", strategy): (MAIN,) for strategy in SEARCHED if strategy != "beam"}
+"""Budgets by set of candidates and strategy."""
+EVERY_SEED = [*(("aligned", strategy) for strategy in SEARCHED), ("feature", "beam")]
+"""What seeds other than 0 search."""
 RANKED = 24
 """Placements of budget 4 that the rank correlation is taken over, at least."""
 RANDOM = 3
 HEAT = ("kl", "copy", "needle", "key_value", "phone_book", "squad", "arc", "mmlu", "gsm8k")
-MEASURED = ("kl", "copy", "needle", "key_value")
-"""Objectives that distilled hybrids are measured on, on rows that no search has seen."""
-ANSWERED = {"arc": ("arc_easy", "arc_challenge"), "mmlu": ("mmlu",)}
-"""Objectives that follow from tasks' outputs: the negative log-likelihood of the right answer."""
-OWN_SEED = 7_919
-"""Added to the seed of the rows that are evaluated, so that they are not the search's."""
+HEATED = ("aligned",)
+"""Sets of candidates of which every layer is scored alone."""
 
 
 class Bench:
@@ -153,17 +155,18 @@ class Bench:
         settings = self.first.recipe.place
         heldout, tokenizer = self.first.tokens[1].half(1), self.first.tokenizer
         rows = objectives.make(settings.objectives, heldout, tokenizer, settings.tokens, self.seed)
-        for kind in self.sets:
-            for strategy in SEARCHED:
-                for budget in self.budgets if (kind, strategy) in EVERY_BUDGET else (MAIN,):
-                    if self.over():
-                        return
+        for kind, strategy in SEARCHES if self.seed == 0 else EVERY_SEED:
+            for budget in SEARCHES[kind, strategy] if kind in self.sets else ():
+                if self.over():
+                    return
+                if budget in self.budgets:
                     self._search(kind, strategy, budget, settings, rows)
+        if self.seed != 0:
+            return
         heat = objectives.make(HEAT, heldout, tokenizer, settings.tokens, self.seed)
-        for kind in self.sets:
-            if self.over():
-                return
-            self._heat(kind, heat)
+        for kind in HEATED:
+            if kind in self.sets and not self.over():
+                self._heat(kind, heat)
         if not self.over():
             self._windows("aligned", settings, heldout, tokenizer)
 
@@ -248,7 +251,7 @@ class Bench:
         """Placements in the order in which they are distilled, each once."""
         attention, block = self.first.supernet.attention, self.first.recipe.place.block
         found: list[Placement] = []
-        for budget in (MAIN, 2):
+        for budget in (MAIN, SECOND) if self.seed == 0 else (MAIN,):
             found.append(STRATEGIES["uniform"](lambda asked: [0.0] * len(asked), attention, block, budget, 0))
             for strategy in SEARCHED:
                 paths = [self.folder / f"search-{kind}-{strategy}-{budget}.json" for kind in SETS]
@@ -282,88 +285,45 @@ class Bench:
         return found
 
     def distil(self) -> None:
-        rows = self._rows()
-        self._measured("base", self.first.base, rows)
+        rows = Rows(self.first.base, self.first.tokenizer, self.first.tokens[1].half(0), self.recipe.evaluate)
+        path = self.folder / "distilled" / "base.json"
+        with claimed(path) as mine:
+            if mine and not path.exists():
+                write_json(path, {"outputs": rows.outputs(self.first.base), "seed": self.seed})
         for one in self.wanted():
             if self.over():
                 return
-            self._distil(one, rows)
-        for kind in self.sets:  # the scores that are to be compared with what was distilled
+            with claimed(self._path(one)) as mine:
+                if mine:
+                    self._distil(one, rows)
+
+    def score(self) -> None:
+        """Search scores, which are to be compared with what was distilled."""
+        for kind in self.sets:
             if self.over():
                 return
             self._score_all(kind)
 
-    def _rows(self) -> dict[str, Any]:
-        """What hybrids are measured on: {name: rows}; the same in every sitting and for every seed of the search."""
-        heldout, tokenizer = self.first.tokens[1].half(0), self.first.tokenizer
-        settings = self.recipe.evaluate
-        own = objectives.make(MEASURED, heldout, tokenizer, settings.perplexity_tokens // 2, OWN_SEED)
-        tasks = {n: suite.rows(load_task(n), tokenizer, settings.limit, OWN_SEED) for n in settings.tasks}
-        return {"objectives": own, "tasks": tasks, "heldout": heldout}
-
     def _path(self, one: Placement) -> Path:
         return self.folder / "distilled" / f"{hashlib.sha256(' '.join(one).encode()).hexdigest()[:16]}.json"
 
-    def _distil(self, one: Placement, rows: dict[str, Any]) -> None:
+    def _distil(self, one: Placement, rows: Rows) -> None:
         if self._path(one).exists():
             return
         recipe, begin = self.first.recipe, time.monotonic()
         net = Supernet(self.first.base, deepcopy(self.first.supernet.candidates))
         if "swa" in one:
             net.candidates["swa"] = window_candidates(self.first.base, recipe.place.window)
-        scratch = self.folder / "training"
+        scratch = self.folder / "training" / self._path(one).stem
         shutil.rmtree(scratch, ignore_errors=True)
         train_mixers(net, one, recipe.train, self.first.tokens[0], scratch, self.seed, self.first.compute, "distil")
         shutil.rmtree(scratch, ignore_errors=True)
         trained = time.monotonic() - begin
         hybrid = net.build(one, getattr(torch, recipe.base.dtype))
-        more = {"placement": one, "seconds": trained, "tokens": recipe.train.tokens}
-        self._measured(self._path(one), hybrid, rows, **more)
+        made = {"placement": one, "seconds": trained, "tokens": recipe.train.tokens, "seed": self.seed}
+        write_json(self._path(one), made | {"outputs": rows.outputs(hybrid)})
         kept = [layer for layer, name in enumerate(one) if name == "attn"]
         print(f"distilled {kept}: {trained:.1f} s, measured in {time.monotonic() - begin - trained:.1f} s", flush=True)
-
-    @torch.no_grad()
-    def _measured(self, where: str | Path, model: Any, rows: dict[str, Any], **more: Any) -> None:
-        path = self.folder / "distilled" / "base.json" if where == "base" else Path(where)
-        if path.exists():
-            return
-        tokenizer, settings = self.first.tokenizer, self.recipe.evaluate
-        sequences = rows["heldout"].sequences(settings.perplexity_tokens // settings.length, settings.length)
-        passages = settings.copy_passages, settings.copy_tokens, settings.copy_filler
-        found: dict[str, Any] = {
-            "perplexity": [
-                {"id": n, "nll": nll, "tokens": settings.length - 1}
-                for n, nll in enumerate(perplexity(model, sequences)["nll"])
-            ],
-            "copy": copy(model, rows["heldout"].stream(), *passages, OWN_SEED)["passages"],
-        }
-        base = self.first.base
-        for name, objective in rows["objectives"].items():
-            objective = objective.to(base.lm_head.weight.device)
-
-            def run(part: objectives.Objective) -> tuple[torch.Tensor, torch.Tensor | None]:
-                hidden = model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
-                teacher = (
-                    base.model(input_ids=part.tokens, use_cache=False).last_hidden_state if part.kind == "kl" else None
-                )
-                return hidden, teacher
-
-            values = objectives.measure_all(
-                objective, run, base.lm_head.weight, base.config.final_logit_softcapping, 16_384
-            )
-            found[f"objective {name}"] = [
-                {"id": i, "nll": v} for i, v in zip(objective.ids, values.tolist(), strict=True)
-            ]
-        for name, asked in rows["tasks"].items():
-            found[name] = suite.outputs(load_task(name), model, tokenizer, asked, name)
-        for objective, tasks in ANSWERED.items():  # on test files, where the search has the validation files
-            own = [
-                {"id": f"{task}-{row['id']}", "nll": -row["loglikelihoods"][row["gold"]]}
-                for task in tasks
-                for row in found.get(task, [])
-            ]
-            found |= {f"objective {objective}": own} if own else {}
-        write_json(path, more | {"outputs": found, "seed": self.seed})
 
     def _score_all(self, kind: str) -> None:
         """Search scores of every distilled placement, by each set of candidates."""
@@ -380,9 +340,22 @@ class Bench:
         write_json(done, {"scores": found, "seconds": time.monotonic() - begin})
 
 
+@contextmanager
+def claimed(path: Path) -> Iterator[bool]:
+    """Is what will stand in this file ours to make? No other process is then told so; the claim dies with its owner."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".claim"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("steps", nargs="+", choices=["align", "search", "distil"])
+    parser.add_argument("steps", nargs="+", choices=["align", "search", "distil", "score"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--recipe", default=RECIPE)

@@ -47,7 +47,7 @@ from postnas.search.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-COMMAND = "python benchmarks/placement_h100.py align search distil && python benchmarks/placement_table.py"
+COMMAND = "python benchmarks/placement_h100.py align search distil score && python benchmarks/placement_table.py"
 Row = dict[str, Any]
 
 

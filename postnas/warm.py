@@ -17,7 +17,7 @@ from postnas.train.loop import autocast
 
 def warm_layers(recipe: Recipe, device: str) -> None:
     """One layer of each linear block of the recipe learns, reads and decodes; prints what that took and found."""
-    config = base_config(recipe.base.model)
+    config = base_config(recipe.base.model, recipe.base.sha256)
     options = recipe.align.options | recipe.select.options
     for name in dict.fromkeys([*recipe.align.blocks, *recipe.select.blocks]):
         with torch.device(device):

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from postnas.errors import UserError
-from postnas.models.checkpoint import load_base
+from postnas.models.checkpoint import base_config, load_base
 from postnas.models.gguf import dequantised
 from postnas.sources import cache_dir, file_sha256
 
@@ -152,7 +152,9 @@ def test_quantised_weights_come_back_as_they_were_rounded(kind: str, quantised: 
 @torch.no_grad()
 def test_a_gguf_is_a_base(kind: str, tmp_path: Path) -> None:
     original = make_model(kind, gemma3() if kind == "gemma3" else {})
-    base = load_base(str(write(tmp_path / "a.gguf", kind, original)), dtype=torch.float32)
+    path = write(tmp_path / "a.gguf", kind, original)
+    base = load_base(str(path), dtype=torch.float32)
+    assert base_config(str(path)).to_dict() | {"dtype": None} == base.config.to_dict() | {"dtype": None}
     torch.testing.assert_close(base(ids()).logits, original(ids()).logits, **CLOSE)
 
 

@@ -44,14 +44,15 @@ def base_folder(name: str, sha256: str | None = None) -> Path:
     return dequantised(path) if path.suffix == ".gguf" else path
 
 
-def base_config(name: str) -> HybridConfig:
+def base_config(name: str, sha256: str | None = None) -> HybridConfig:
     """The base's sizes, from its config alone: of its text part where it takes images, too.
 
-    Raises UserError for an unknown architecture, or values that make no model.
+    A GGUF file, which has no config beside it, is read whole. sha256: what its bytes must have. Raises UserError for
+    an unknown architecture, or values that make no model.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
-    path = resolve_config(name)
+    path = base_folder(name, sha256) / "config.json" if name.endswith(".gguf") else resolve_config(name)
     values = read_json(path)
     if not isinstance(values, dict) or "model_type" not in values:
         raise UserError(f"{path}: has no model_type; give the config.json of a model")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from postnas.files import read_json, write_json
@@ -35,6 +36,9 @@ LIMIT = 300
 """Seconds that a trial may take: compiling and tuning one shape takes about 100."""
 PATIENCE = LIMIT + 60
 """Seconds that the other ranks wait for the first one's trial, which they may have asked for a little earlier."""
+CHUNK = 64
+"""A row's tokens become a multiple of this: the kernels' chunks are then always of one size, and each kernel is
+compiled for one kind of length. Zeros change no state: they decay nothing, write nothing and ask for nothing."""
 PAUSE = 1.0
 """Seconds between two looks at the record while waiting."""
 DAY = 24 * 3600
@@ -367,8 +371,11 @@ def _call(rule: Rule, given: dict[str, Any], state: Tensor | None, segments: Ten
     assert not given, f"{rule.kernel} has no {list(given)}"
     settings |= rule.settings
     if segments is None:
+        tokens, short = v.shape[1], -v.shape[1] % CHUNK
+        if short:
+            inputs = {n: F.pad(x, (0, 0) * (x.ndim - 2) + (0, short)) for n, x in inputs.items()}
         o, last = kernel(**inputs, initial_state=state, **settings)
-        return o, last
+        return o[:, :tokens], last
     # Rows one after another as one packed row: a sequence begins with each row and with each segment.
     batch, tokens = segments.shape
     begins = torch.ones_like(segments, dtype=torch.bool)

@@ -8,14 +8,28 @@ so both sums over K come from the tile as it was loaded, and the store waits for
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-TILES: dict[torch.dtype, tuple[int, int, int]] = {torch.float32: (64, 4, 1), torch.bfloat16: (64, 2, 3)}
-"""Columns of a tile, warps and stages of a program, by the state's type: the fastest on an H100, or within a few
-percent, at each batch from 1 to 384 that was tried (benchmarks/jetblock_h100.py)."""
+
+class Tile(NamedTuple):
+    """How a program of `jet_decode` walks over its state."""
+
+    tile: int
+    """Columns of the state a step, a power of two."""
+    warps: int
+    """Warps of a program."""
+    joined: bool = False
+    """Are both sums over the keys one reduction?"""
+
+
+TILES = {torch.float32: Tile(64, 4), torch.bfloat16: Tile(64, 2)}
+"""By the state's type: the fastest on an H100 at each batch from 1 to 384 that was tried
+(benchmarks/jetblock_h100.py)."""
 
 
 def jet_decode_triton(
@@ -34,15 +48,12 @@ def jet_decode_triton(
     norm_weight: Tensor,
     eps: float,
     out: Tensor | None = None,
-    tile: int | None = None,
-    warps: int | None = None,
-    stages: int | None = None,
+    settings: Tile | None = None,
 ) -> Tensor:
-    """See `jet_decode`. tile: columns of the state a step, a power of two; warps of a program; stages: tiles in
-    flight, 1 for no copies ahead; those of TILES where None."""
+    """See `jet_decode`. settings: those of TILES where None."""
     batch, heads, key_dim, value_dim = state.shape
-    usual = TILES[state.dtype]
-    tile = min(tile or usual[0], triton.next_power_of_2(value_dim))
+    settings = settings or TILES[state.dtype]
+    tile = min(settings.tile, triton.next_power_of_2(value_dim))
     out = v.new_empty(batch, heads * value_dim) if out is None else out
     taps = 0 if kernels is None else kernels.shape[-1]
     assert all(x.stride(-1) == 1 for x in (q, k, v, gate, a, b)), "channels must lie side by side"
@@ -74,13 +85,12 @@ def jet_decode_triton(
             K=key_dim,
             V=value_dim,
             W=taps,
-            TAPS=triton.next_power_of_2(taps) if taps else 1,
             BK=triton.next_power_of_2(key_dim),
             BV=tile,
             TILES_V=triton.cdiv(value_dim, tile),
             ROWS=triton.next_power_of_2(triton.cdiv(value_dim, tile)),
-            STAGES=stages or usual[2],
-            num_warps=warps or usual[1],
+            JOINED=settings.joined,
+            num_warps=settings.warps,
         )
     return out
 
@@ -101,6 +111,19 @@ def _softplus(x):  # type: ignore[no-untyped-def]
     y = z * z
     series = 1.0 + y * (1 / 3 + y * (1 / 5 + y * (1 / 7 + y * (1 / 9 + y * (1 / 11 + y * (1 / 13))))))
     return tl.maximum(x, 0.0) + 2.0 * z * series
+
+
+@triton.jit
+def _part(state_at, tile, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Addresses [BK, BV] of a tile of the state, and which of them are inside."""
+    key = tl.arange(0, BK)[:, None]
+    column = tile * BV + tl.arange(0, BV)[None, :]
+    return state_at + key * V + column, (key < K) & (column < V)
+
+
+@triton.jit
+def _both(a, b, c, d):  # type: ignore[no-untyped-def]
+    return a + c, b + d
 
 
 @triton.jit
@@ -130,62 +153,83 @@ def _jet_decode(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     V: tl.constexpr,
     W: tl.constexpr,
-    TAPS: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
     TILES_V: tl.constexpr,
     ROWS: tl.constexpr,
-    STAGES: tl.constexpr,
+    JOINED: tl.constexpr,
 ):
     """One head of one row. W: taps, 0 where v is convolved already. Vectors of V stand as [ROWS, BV], a row a tile."""
     row = (tl.program_id(0) // heads).to(tl.int64)
     head = tl.program_id(0) % heads
+    # All loads stand before the first sum: a sum waits for every thread, and what is asked for later waits once more.
+    # A tile is loaded while the one before it is worked on, the first before all else.
+    state_at += (row * heads + head) * K * V
+    place, real = _part(state_at, 0, K, V, BK, BV)
+    ahead = tl.load(place, mask=real, other=0.0)
+    key = tl.arange(0, BK)
+    q = tl.load(q_at + row * q_row + head * K + key, mask=key < K, other=0.0)
+    k = tl.load(k_at + row * k_row + head * K + key, mask=key < K, other=0.0)
+    a = tl.load(a_at + row * a_row + head).to(tl.float32)
+    b = tl.load(b_at + row * b_row + head).to(tl.float32)
+    rate = tl.load(rate_at + head).to(tl.float32)
+    time = tl.load(time_at + head).to(tl.float32)
     number = tl.arange(0, ROWS)[:, None]
     column = number * BV + tl.arange(0, BV)[None, :]
     inside = column < V
     channel = head * V + column
-    gate = tl.load(gate_at + row * gate_row + channel, mask=inside, other=0.0).to(tl.float32)
+    gate = tl.load(gate_at + row * gate_row + channel, mask=inside, other=0.0)
+    weight = tl.load(norm_at + column, mask=inside, other=0.0)
     if W == 0:
         values = tl.load(v_at + row * v_row + channel, mask=inside, other=0.0).to(tl.float32)
     else:
-        tap = tl.arange(0, TAPS)[None, None, :]
-        spread = inside[:, :, None] & (tap < W)
-        past_at = conv_at + (row * (W - 1) + tap) * heads * V + channel[:, :, None]
-        old = tl.load(past_at, mask=spread & (tap < W - 1), other=0.0).to(tl.float32)
-        new = tl.load(v_at + row * v_row + channel[:, :, None], mask=spread & (tap == W - 1), other=0.0)
-        inputs = old + new.to(tl.float32)
-        taps_at = kernels_at + (row * heads * V + channel[:, :, None]) * W + tap
-        values = _silu(tl.sum(inputs * tl.load(taps_at, mask=spread, other=0.0).to(tl.float32), 2))
+        window = ()
+        taps = ()
+        for tap in tl.static_range(W):
+            tap_at = kernels_at + (row * heads * V + channel) * W + tap
+            input_at = v_at + row * v_row if tap == W - 1 else conv_at + (row * (W - 1) + tap) * heads * V
+            taps += (tl.load(tap_at, mask=inside, other=0.0),)  # type: ignore[assignment]
+            window += (tl.load(input_at + channel, mask=inside, other=0.0),)  # type: ignore[assignment]
+        values = tl.zeros([ROWS, BV], tl.float32)
+        for tap in tl.static_range(W):
+            values += window[tap].to(tl.float32) * taps[tap].to(tl.float32)
+        values = _silu(values)
         # Several threads may hold an input: all must have read it before one of them replaces it.
         tl.debug_barrier()
-        tl.store(past_at - heads * V, inputs.to(conv_at.dtype.element_ty), mask=spread & (tap > 0))
+        for tap in tl.static_range(1, W):
+            at = conv_at + (row * (W - 1) + tap - 1) * heads * V + channel
+            tl.store(at, window[tap].to(conv_at.dtype.element_ty), mask=inside)
 
-    key = tl.arange(0, BK)
-    real = key < K
-    q = _silu(tl.load(q_at + row * q_row + head * K + key, mask=real, other=0.0).to(tl.float32))
-    k = _silu(tl.load(k_at + row * k_row + head * K + key, mask=real, other=0.0).to(tl.float32))
-    q = q * tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * scale
-    k = k * tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+    q = _silu(q.to(tl.float32))
+    k = _silu(k.to(tl.float32))
     meeting = tl.sum(q * k, 0)
-    beta = tl.sigmoid(tl.load(b_at + row * b_row + head).to(tl.float32))
-    time = tl.load(a_at + row * a_row + head).to(tl.float32) + tl.load(time_at + head).to(tl.float32)
-    decay = tl.exp(-tl.exp(tl.load(rate_at + head).to(tl.float32)) * _softplus(time))
+    q_size = tl.rsqrt(tl.sum(q * q, 0) + 1e-6) * scale
+    k_size = tl.rsqrt(tl.sum(k * k, 0) + 1e-6)
+    meeting *= q_size * k_size
+    q *= q_size
+    k *= k_size
+    beta = tl.sigmoid(b)
+    decay = tl.exp(-tl.exp(rate) * _softplus(a + time))
+    gate = _silu(gate.to(tl.float32)) * weight.to(tl.float32)
 
     outputs = tl.zeros([ROWS, BV], tl.float32)
-    tile_at = state_at + (row * heads + head) * K * V + key[:, None] * V + tl.arange(0, BV)[None, :]
-    for tile in tl.range(0, TILES_V, num_stages=STAGES):
-        mask = real[:, None] & (tile * BV + tl.arange(0, BV) < V)[None, :]
-        before = tl.load(tile_at + tile * BV, mask=mask, other=0.0).to(tl.float32)
-        said = tl.sum(k[:, None] * before, 0)
-        asked = tl.sum(q[:, None] * before, 0)
+    for tile in range(0, TILES_V):
+        before = ahead.to(tl.float32)
+        here, inner = place, real
+        place, real = _part(state_at, tile + 1, K, V, BK, BV)  # past the last tile nothing is inside or read
+        ahead = tl.load(place, mask=real, other=0.0)
+        if JOINED:
+            said, asked = tl.reduce((k[:, None] * before, q[:, None] * before), 0, _both)
+        else:
+            said = tl.sum(k[:, None] * before, 0)
+            asked = tl.sum(q[:, None] * before, 0)
         delta = beta * (tl.sum(tl.where(number == tile, values, 0.0), 0) - decay * said)
         after = decay * before + k[:, None] * delta[None, :]
-        tl.store(tile_at + tile * BV, after.to(state_at.dtype.element_ty), mask=mask)
+        tl.store(here, after.to(state_at.dtype.element_ty), mask=inner)
         outputs = tl.where(number == tile, (decay * asked + meeting * delta)[None, :], outputs)
 
     size = tl.sum(tl.sum(outputs * outputs, 1), 0) / V
-    outputs *= tl.rsqrt(size + eps) * _silu(gate)
-    outputs *= tl.load(norm_at + column, mask=inside, other=0.0).to(tl.float32)
+    outputs *= tl.rsqrt(size + eps) * gate
     tl.store(out_at + row * heads * V + channel, outputs.to(out_at.dtype.element_ty), mask=inside)
 
 

@@ -136,10 +136,11 @@ def plan_recipe(recipe: Recipe, measured: Path | None = None, gpu: str = "h100",
     """A table of what each stage of `recipe` costs: tokens, operations, memory and hours, beside the paper's.
 
     measured: a file of benchmarks/dry_run_h100.py, whose rows of the same base, stage and block give the pace; any
-    other stage is taken to reach 40% of the peak of `gpu`. Of the base only its config is read, from its own name or,
-    without a hub, from `config`. Raises UserError for a config, a file or a name that does not fit.
+    other stage is taken to reach 40% of the peak of `gpu`. Of the base only its config is read (a GGUF file is read
+    whole), from its own name or, without a hub, from `config`. Raises UserError for a config, a file or a name that
+    does not fit.
     """
-    device, sizes = _gpu(gpu), base_config(config or recipe.base.model)
+    device, sizes = _gpu(gpu), base_config(config or recipe.base.model, None if config else recipe.base.sha256)
     sizes.blocks = (sizes.blocks or {}) | recipe.align.options
     base, block = Decoder(sizes), recipe.place.block
     if recipe.place.budget > base.layers:
