@@ -141,11 +141,11 @@ class Bench:
     def train(self, stage: str, variant: Variant, folder: Path) -> None:
         """Both stages have the JetBlock; on the same terms it is trained once."""
         settings, begin = self.settings(Select), time.monotonic()
-        kernel = self.has_kernel(variant)
-        if kernel is False:
-            settings = dataclasses.replace(settings, tokens=min(settings.tokens, PLAIN_TOKENS))
-        row = {"variant": variant.name, "block": variant.block, "kernel": kernel}
+        row: dict[str, Any] = {"variant": variant.name, "block": variant.block}
         try:
+            row["kernel"] = self.has_kernel(variant)
+            if row["kernel"] is False:
+                settings = dataclasses.replace(settings, tokens=min(settings.tokens, PLAIN_TOKENS))
             made = Comparison(stage, settings, dataclasses.replace(self.terms, folder=folder)).trained(variant)
         except (UserError, RuntimeError) as error:  # whatever it is, the other variants can be compared
             row["error"] = f"{type(error).__name__}: {error}"
@@ -162,15 +162,16 @@ class Bench:
         """Does a layer of the block learn through kernels that were found right? None without a GPU."""
         if self.run.device.type != "cuda":
             return None
-        if variant.block not in self.kernels:
+        asked = f"{variant.block} {variant.options}"  # another size has another kernel
+        if asked not in self.kernels:
             before = dict(fla.asked)
             fla.asked.clear()  # another block may have asked for the same shape
             with torch.device(self.run.device):
                 block = make_block(variant.block, self.terms.base.config.dims(), variant.options)
             training(block, self.terms.compute, borders=False)
-            self.kernels[variant.block] = bool(fla.asked) and None not in fla.asked.values()
+            self.kernels[asked] = bool(fla.asked) and None not in fla.asked.values()
             fla.asked.update(before)
-        return self.kernels[variant.block]
+        return self.kernels[asked]
 
     # ---- sizes
 

@@ -157,7 +157,9 @@ class Bench:
         if state.device.type == "cuda":
             torch.set_num_threads(8)
         terms = state.terms("select")
-        return dataclasses.replace(terms, heldout=state.tokens[1].half(0), key=digest(terms.key, "evaluated"))
+        return dataclasses.replace(
+            terms, heldout=state.tokens[1].half(0), evaluated=True, key=digest(terms.key, "evaluated")
+        )
 
     def variants(self) -> dict[str, tuple[list[str], Variant]]:
         """Placement and variant of each step. Raises UserError before the pipeline has chosen them."""

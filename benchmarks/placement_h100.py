@@ -1,16 +1,17 @@
 """Every search strategy on equal terms: placements of SmolLM2-135M, each distilled on the same tokens and evaluated.
 
-    python benchmarks/placement_h100.py align search distil score [--seed 0] [--seconds 550]
+    python benchmarks/placement_h100.py align search score distil [--seed 0] [--seconds 550]
     python benchmarks/placement_table.py
 
 Works through the steps that are named, in this order, and stops in time; what is done is kept in runs/placement (or
 $KEPT), and the same command goes on. `align` makes three sets of candidates: aligned ones, and copies that then learnt
 inside random paths by feature distillation (the paper's, `feature`) or by KL (`kl`, the remedy). `search` runs the
-strategies, and scores every layer alone for the heat maps; seeds other than 0 search what EVERY_SEED names. `distil`
-trains each placement found from the aligned candidates, on the same tokens in the same order, and keeps what the hybrid
-gives to every row; placements beyond those of the strategies fill up what the rank correlation needs. Several processes
-may distil side by side: each takes the next placement that nobody has. `score` gives each of them its search score by
-every set. The table writes benchmarks/results/placement-h100.json (or $OUT).
+strategies, and scores every layer alone for the heat maps; seeds other than 0 search what EVERY_SEED names. `score`
+gives each placement that was found, and those beyond that fill up what the rank correlation needs, its search score by
+every set. `distil` trains each of them from the aligned candidates, on the same tokens in the same order, and keeps
+what the hybrid gives to every row; several processes may do so side by side, each takes the next placement that nobody
+has. A record of another recipe, or of candidates of other bits, is made again. The table writes
+benchmarks/results/placement-h100.json (or $OUT).
 --recipe: another one, to try every line at a tiny size.
 """
 
@@ -35,6 +36,7 @@ import torch
 from placement_rows import Rows
 
 from postnas.__main__ import read_recipe
+from postnas.errors import UserError
 from postnas.files import read_json, read_jsonl, replacing, write_json
 from postnas.models.supernet import Placement, Supernet
 from postnas.pipeline import STAGE_FUNCTIONS, Run
@@ -44,6 +46,8 @@ from postnas.search.scores import Scorer
 from postnas.search.strategies import STRATEGIES, with_linear
 from postnas.search.strategies import random as drawn
 from postnas.search.windows import window_candidates, windows
+from postnas.sources import file_sha256
+from postnas.train.align import digest
 from postnas.train.distill import train_mixers
 
 RECIPE = "recipes/smollm2-135m.yaml"
@@ -84,6 +88,8 @@ class Bench:
         self.paths = self.recipe.paths if self.recipe.paths.tokens else PATHS
         self.supernets: dict[str, Supernet] = {}
         self.scorer: Scorer | None = None
+        self.hashes: dict[str, str] = {}
+        self.longest = 0.0
 
     def run(self, kind: str) -> Run:
         """The run that a set of candidates is made in; all share base, tokenizer and text."""
@@ -100,16 +106,43 @@ class Bench:
         torch.set_num_threads(state.recipe.threads if state.device.type == "cpu" else 8)
         return state
 
-    def over(self) -> bool:
-        """Is the time up?"""
-        return time.monotonic() > self.until
+    def over(self, needed: float = 0.0) -> bool:
+        """Is less than this much time left?"""
+        return time.monotonic() + needed > self.until
+
+    # ---- records: of this recipe and these candidates, or made again
+
+    @cached_property
+    def terms(self) -> str:
+        """Everything of the recipe that a result depends on."""
+        parts = dataclasses.asdict(dataclasses.replace(self.recipe, out="", paths=self.paths))
+        return digest({name: part for name, part in parts.items() if name not in ("bench", "threads", "device")})
+
+    def made(self, kind: str) -> str:
+        """The same with the bits of a set of candidates."""
+        if kind not in self.hashes:
+            self.hashes[kind] = digest([self.terms, *(file_sha256(path) for path in self._files(kind))])
+        return self.hashes[kind]
+
+    def _files(self, kind: str) -> list[Path]:
+        return sorted((self.folder / kind).glob("candidates*/**/*.safetensors"))
+
+    def kept(self, name: str, key: str) -> Any:
+        """The record of this name where it has this key; else None."""
+        path = self.folder / f"{name}.json"
+        found = read_json(path) if path.exists() else {}
+        return found if found.get("key") == key else None
+
+    def keep(self, name: str, key: str, record: dict[str, Any]) -> None:
+        path = self.folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"key": key} | record)
 
     # ---- align
 
     def align(self) -> None:
         for kind in self.sets:
-            done = self.folder / kind / "aligned.json"
-            if done.exists():
+            if self.kept(f"{kind}/aligned", self.terms) and self._files(kind):
                 continue
             if self.over():
                 return
@@ -123,7 +156,7 @@ class Bench:
             recipe = state.recipe
             tokens = recipe.align.tokens if kind == "aligned" else recipe.paths.tokens
             seconds = sum(record["seconds"] for record in read_jsonl(state.folder / "metrics.jsonl"))
-            write_json(done, {"seconds": seconds, "tokens": tokens, "set": kind, "seed": self.seed})
+            self.keep(f"{kind}/aligned", self.terms, {"seconds": seconds, "tokens": tokens, "set": kind})
             shutil.rmtree(state.folder / "checkpoints", ignore_errors=True)
             print(f"{kind}: {tokens:,} tokens, {seconds:.1f} s", flush=True)
 
@@ -131,6 +164,7 @@ class Bench:
         """Two steps of each kind of training that are thrown away: kernels are compiled and tuned here."""
         begin, recipe = time.monotonic(), state.recipe
         short = dataclasses.replace(recipe.align, tokens=2 * recipe.align.batch * recipe.align.length)
+        shutil.rmtree(self.folder / "warm", ignore_errors=True)
         scratch = Run(dataclasses.replace(recipe, align=short, out=str(self.folder / "warm")))
         scratch.base, scratch.tokenizer, scratch.tokens = state.base, state.tokenizer, state.tokens  # type: ignore[misc]
         STAGE_FUNCTIONS["align"](scratch)
@@ -175,30 +209,27 @@ class Bench:
         path = self.folder / f"scored-{kind}-{file}.jsonl"
         if self.scorer is None or self.scorer.path != path:  # which has its layers as graphs
             self.scorer = None
-            self.scorer = Scorer(self.supernet(kind), rows, path, self.first.compute, f"{self.seed}")
+            self.scorer = Scorer(self.supernet(kind), rows, path, self.first.compute, self.made(kind))
         return self.scorer
 
     def _search(self, kind: str, strategy: str, budget: int, settings: Place, rows: dict[str, Any]) -> None:
-        done = self.folder / f"search-{kind}-{strategy}-{budget}.json"
-        if done.exists():
+        name, key = f"{kind}-{strategy}-{budget}", self.made(kind)
+        if self.kept(f"search-{name}", key):
             return
-        scorer = self._scorer(kind, rows, strategy)
-        begun, begin = self.folder / f"begun-{kind}-{strategy}-{budget}.json", time.monotonic()
-        resumed = begun.exists()  # then its seconds are those of the last sitting alone
-        if not resumed:
-            write_json(begun, {"known": len(scorer.known)})
-        known = read_json(begun)["known"]
+        scorer, begin = self._scorer(kind, rows, strategy), time.monotonic()
+        begun = self.kept(f"begun-{name}", key)
+        if not begun:
+            self.keep(f"begun-{name}", key, {"known": len(scorer.known)})
+        known = begun["known"] if begun else len(scorer.known)
         wanted = dataclasses.replace(settings, strategy=strategy, budget=budget)
         _, found = placement.place(scorer, scorer.supernet.attention, wanted, self.seed)
         seconds, scored = time.monotonic() - begin, len(scorer.known) - known
         tokens = sum(int(one.tokens.numel()) for one in rows.values())
         relaxed = wanted.steps * sum(placement.ROWS * one.tokens.shape[1] for one in rows.values())
-        write_json(
-            done,
-            found
-            | {"candidates": kind, "seconds": seconds, "scored": scored, "resumed": resumed}
-            | {"tokens": scored * tokens + (relaxed if strategy == "gates" else 0), "score_tokens": tokens},
-        )
+        record = found | {"candidates": kind, "seconds": seconds, "scored": scored, "score_tokens": tokens}
+        record |= {"tokens": scored * tokens + (relaxed if strategy == "gates" else 0)}
+        # of one that was killed and went on, the seconds are those of the last sitting alone
+        self.keep(f"search-{name}", key, record | {"resumed": bool(begun)})
         kept = [layer for layer, name in enumerate(found["placement"]) if name == "attn"]
         print(
             f"{kind} {strategy} {budget}: {kept} {found['scores']['score']:.3f}, {scored} scored, {seconds:.1f} s",
@@ -207,8 +238,7 @@ class Bench:
 
     def _heat(self, kind: str, rows: dict[str, Any]) -> None:
         """Each layer alone on its candidate, and each alone on attention, by every objective."""
-        done = self.folder / f"heat-{kind}.json"
-        if done.exists():
+        if self.kept(f"heat-{kind}", self.made(kind)):
             return
         scorer, begin = self._scorer(kind, rows, "heat"), time.monotonic()
         net, block = scorer.supernet, self.first.recipe.place.block
@@ -222,12 +252,13 @@ class Bench:
             for layer in reversed(range(net.layers))
         }
         found = {name: scorer.rows(one) for name, one in named.items()}
-        write_json(done, {"rows": found, "seconds": time.monotonic() - begin})
+        self.keep(f"heat-{kind}", self.made(kind), {"rows": found, "seconds": time.monotonic() - begin})
         print(f"heat {kind}: {time.monotonic() - begin:.1f} s", flush=True)
 
     def _windows(self, kind: str, settings: Place, heldout: Any, tokenizer: Any) -> None:
-        done, first = self.folder / f"windows-{kind}.json", self.folder / f"search-{kind}-beam-{MAIN}.json"
-        if done.exists() or not first.exists():
+        key = self.made(kind)
+        first = self.kept(f"search-{kind}-beam-{MAIN}", key)
+        if self.kept(f"windows-{kind}", key) or not first:
             return
         begin, net = time.monotonic(), self.supernet(kind)
         net.candidates["swa"] = window_candidates(self.first.base, settings.window)
@@ -237,12 +268,11 @@ class Bench:
         shares = objectives.weights({"knowledge": 1.0})
         chosen, steps = windows(
             lambda several: [placement.combine(one, base, shares) for one in scorer.several(several)],
-            read_json(first)["placement"],
+            first["placement"],
             2,
         )
-        write_json(
-            done, {"placement": chosen, "chosen": steps, "seconds": time.monotonic() - begin, "candidates": kind}
-        )
+        record = {"placement": chosen, "chosen": steps, "seconds": time.monotonic() - begin, "candidates": kind}
+        self.keep(f"windows-{kind}", key, record)
         print(f"windows {kind}: {steps}, {time.monotonic() - begin:.1f} s", flush=True)
 
     # ---- distil
@@ -254,18 +284,19 @@ class Bench:
         for budget in (MAIN, SECOND) if self.seed == 0 else (MAIN,):
             found.append(STRATEGIES["uniform"](lambda asked: [0.0] * len(asked), attention, block, budget, 0))
             for strategy in SEARCHED:
-                paths = [self.folder / f"search-{kind}-{strategy}-{budget}.json" for kind in SETS]
-                found += [read_json(path)["placement"] for path in paths if path.exists()]
+                names = {kind: f"search-{kind}-{strategy}-{budget}" for kind in SETS}
+                records = [self.kept(name, self.made(kind)) for kind, name in names.items()]
+                found += [record["placement"] for record in records if record]
             found += [
                 drawn(lambda asked: [0.0] * len(asked), attention, block, budget, number) for number in range(RANDOM)
             ]
             if budget == MAIN:
-                path, best = (
-                    self.folder / f"{name}.json" for name in ("windows-aligned", f"search-aligned-beam-{MAIN}")
+                windowed, best = (
+                    self.kept(name, self.made("aligned")) for name in ("windows-aligned", f"search-aligned-beam-{MAIN}")
                 )
-                found += [read_json(path)["placement"]] if path.exists() else []
-                if self.seed == 0 and best.exists():
-                    found += self._fillers(attention, block, read_json(best)["placement"], found)
+                found += [windowed["placement"]] if windowed else []
+                if self.seed == 0 and best:
+                    found += self._fillers(attention, block, best["placement"], found)
         unique = {tuple(one): one for one in found}
         return list(unique.values())
 
@@ -285,31 +316,35 @@ class Bench:
         return found
 
     def distil(self) -> None:
-        rows = Rows(self.first.base, self.first.tokenizer, self.first.tokens[1].half(0), self.recipe.evaluate)
-        path = self.folder / "distilled" / "base.json"
-        with claimed(path) as mine:
-            if mine and not path.exists():
-                write_json(path, {"outputs": rows.outputs(self.first.base), "seed": self.seed})
+        self.scorer = None  # its graphs hold memory
+        excluded = {
+            task: objectives.excluded_rows(task, HEAT) for task in self.recipe.evaluate.tasks if "@" not in task
+        }
+        heldout = self.first.tokens[1].half(0)
+        rows = Rows(self.first.base, self.first.tokenizer, heldout, self.recipe.evaluate, excluded)
+        with claimed(self.folder / "distilled" / "base.json") as mine:
+            if mine and not self.kept("distilled/base", self.terms):
+                self.keep("distilled/base", self.terms, {"outputs": rows.outputs(self.first.base)})
         for one in self.wanted():
-            if self.over():
+            if self.over(self.longest):
                 return
             with claimed(self._path(one)) as mine:
-                if mine:
-                    self._distil(one, rows)
+                if mine and not self.kept(f"distilled/{self._path(one).stem}", self.made("aligned")):
+                    try:
+                        self._distil(one, rows)
+                    except (RuntimeError, UserError) as error:  # memory that another process holds, say
+                        print(f"distil: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
 
     def score(self) -> None:
-        """Search scores, which are to be compared with what was distilled."""
+        """Scores of all that is to be distilled, for the rank correlation."""
         for kind in self.sets:
-            if self.over():
-                return
-            self._score_all(kind)
+            if self._files(kind) and not self.over():
+                self._score_all(kind)
 
     def _path(self, one: Placement) -> Path:
         return self.folder / "distilled" / f"{hashlib.sha256(' '.join(one).encode()).hexdigest()[:16]}.json"
 
     def _distil(self, one: Placement, rows: Rows) -> None:
-        if self._path(one).exists():
-            return
         recipe, begin = self.first.recipe, time.monotonic()
         net = Supernet(self.first.base, deepcopy(self.first.supernet.candidates))
         if "swa" in one:
@@ -320,24 +355,26 @@ class Bench:
         shutil.rmtree(scratch, ignore_errors=True)
         trained = time.monotonic() - begin
         hybrid = net.build(one, getattr(torch, recipe.base.dtype))
-        made = {"placement": one, "seconds": trained, "tokens": recipe.train.tokens, "seed": self.seed}
-        write_json(self._path(one), made | {"outputs": rows.outputs(hybrid)})
+        made = {"placement": one, "seconds": trained, "tokens": recipe.train.tokens, "outputs": rows.outputs(hybrid)}
+        self.keep(f"distilled/{self._path(one).stem}", self.made("aligned"), made)
+        self.longest = max(self.longest, time.monotonic() - begin)
         kept = [layer for layer, name in enumerate(one) if name == "attn"]
         print(f"distilled {kept}: {trained:.1f} s, measured in {time.monotonic() - begin - trained:.1f} s", flush=True)
 
     def _score_all(self, kind: str) -> None:
-        """Search scores of every distilled placement, by each set of candidates."""
-        done = self.folder / f"scores-{kind}.json"
+        """Search scores of every placement that is to be distilled, by a set of candidates."""
+        asked = [self.first.supernet.attention, *(one for one in self.wanted() if "swa" not in one)]
+        key = digest([self.made(kind), asked])
         settings = self.first.recipe.place
         wanted = list(dict.fromkeys([*settings.objectives, "kl"]))
-        rows = objectives.make(wanted, self.first.tokens[1].half(1), self.first.tokenizer, settings.tokens, self.seed)
-        scorer, begin = self._scorer(kind, rows, "all"), time.monotonic()
-        found = [{"placement": scorer.supernet.attention, "scores": scorer(scorer.supernet.attention)}]
-        for path in sorted((self.folder / "distilled").glob("*.json")):
-            one = read_json(path).get("placement")
-            if one and "swa" not in one:
-                found.append({"placement": one, "scores": scorer(one)})
-        write_json(done, {"scores": found, "seconds": time.monotonic() - begin})
+        with claimed(self.folder / f"scores-{kind}.json") as mine:
+            if not mine or self.kept(f"scores-{kind}", key):
+                return
+            heldout = self.first.tokens[1].half(1)
+            rows = objectives.make(wanted, heldout, self.first.tokenizer, settings.tokens, self.seed)
+            begin, scores = time.monotonic(), self._scorer(kind, rows, "all").several(asked)
+            found = [{"placement": one, "scores": score} for one, score in zip(asked, scores, strict=True)]
+            self.keep(f"scores-{kind}", key, {"scores": found, "seconds": time.monotonic() - begin})
 
 
 @contextmanager
@@ -355,7 +392,7 @@ def claimed(path: Path) -> Iterator[bool]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("steps", nargs="+", choices=["align", "search", "distil", "score"])
+    parser.add_argument("steps", nargs="+", choices=["align", "search", "score", "distil"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--recipe", default=RECIPE)

@@ -26,11 +26,15 @@ OWN_SEED = 7_919
 class Rows:
     """Held-out text, made prompts and test files."""
 
-    def __init__(self, base: Any, tokenizer: Any, heldout: Tokens, settings: Evaluate) -> None:
-        """base: the model that kl is taken to. heldout: what of the text is not searched on."""
+    def __init__(self, base: Any, tokenizer: Any, heldout: Tokens, settings: Evaluate, excluded: Any) -> None:
+        """base: the model that kl is taken to. heldout: what of the text is not searched on. excluded: {task: ids of
+        rows that are}."""
         self.base, self.tokenizer, self.heldout, self.settings = base, tokenizer, heldout, settings
         self.own = objectives.make(MEASURED, heldout, tokenizer, settings.perplexity_tokens // 2, OWN_SEED)
-        self.tasks = {name: suite.rows(load_task(name), tokenizer, settings.limit, OWN_SEED) for name in settings.tasks}
+        self.tasks = {
+            name: suite.rows(load_task(name), tokenizer, settings.limit, OWN_SEED, excluded.get(name, ()))
+            for name in settings.tasks
+        }
 
     @torch.no_grad()
     def outputs(self, model: Any) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from postnas.search.strategies import STRATEGIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
-COMMAND = "python benchmarks/placement_h100.py align search distil score && python benchmarks/placement_table.py"
+COMMAND = "python benchmarks/placement_h100.py align search score distil && python benchmarks/placement_table.py"
 Row = dict[str, Any]
 
 
@@ -63,6 +63,8 @@ class Seed:
         self.trained = {kind: found for kind in SETS if (found := self.read(f"{kind}/aligned"))}
         records = [read_json(path) for path in sorted((folder / "distilled").glob("*.json"))]
         self.distilled = {tuple(one["placement"]): one for one in records if "placement" in one}
+        if len({one.get("key") for one in self.distilled.values()}) > 1:
+            raise UserError(f"{folder}: what was distilled is of several recipes or sets of candidates; distil again")
 
     def read(self, name: str) -> Any:
         path = self.folder / f"{name}.json"
@@ -116,7 +118,17 @@ class Seed:
         known = {
             name: self.scored(name) for name in {f"{one['candidates']}-{one['strategy']}" for one in self.searches}
         }
-        kept = ("strategy", "candidates", "budget", "placement", "seconds", "scored", "tokens", "score_tokens")
+        kept = (
+            "strategy",
+            "candidates",
+            "budget",
+            "placement",
+            "seconds",
+            "resumed",
+            "scored",
+            "tokens",
+            "score_tokens",
+        )
         for one in self.searches:
             scores = known[f"{one['candidates']}-{one['strategy']}"]
             own, base = scores[tuple(one["placement"])], scores[tuple(self.attention)]

@@ -75,7 +75,7 @@ def parse(name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
     if command is None:
         raise UserError(f"command: {name!r} is unknown; {_near(name, COMMANDS, 'see postnas --help')}")
     if takes_recipe(command):
-        return command, _recipe_and_flags(name, arguments)
+        return command, _recipe_and_flags(name, command, arguments)
     if command is compare:
         arguments = _listed(arguments)
     parser = _parser(name, command)
@@ -95,18 +95,18 @@ def _listed(arguments: list[str]) -> list[str]:
 
 def read_recipe(name: str, arguments: list[str]) -> Recipe:
     """The recipe of `postnas NAME FILE --section.field VALUE ...`. Raises UserError for what does not fit."""
-    return _recipe_and_flags(name, arguments)["recipe"]
+    return _recipe_and_flags(name, COMMANDS[name], arguments)["recipe"]
 
 
-def _recipe_and_flags(name: str, arguments: list[str]) -> dict[str, Any]:
+def _recipe_and_flags(name: str, command: Any, arguments: list[str]) -> dict[str, Any]:
     """The arguments of a command that takes a recipe: that, and the command's own flags."""
     if not arguments:
         raise UserError(f"recipe: none is given; name a YAML file, as in postnas {name} {EXAMPLE}")
-    parser = _parser(name, COMMANDS[name], usage=f"postnas {name} RECIPE.yaml [--SECTION.FIELD VALUE ...]")
+    parser = _parser(name, command, usage=f"postnas {name} RECIPE.yaml [--SECTION.FIELD VALUE ...]")
     parser.add_argument("recipe", nargs="?", type=str, help=f"The recipe, a YAML file such as {EXAMPLE}.")
-    parser.add_function_arguments(COMMANDS[name], as_group=False, skip={"recipe"})
+    parser.add_function_arguments(command, as_group=False, skip={"recipe"})
     parser.add_class_arguments(Recipe, None)
-    flags = {flag: hint for flag, hint in typing.get_type_hints(COMMANDS[name]).items() if flag not in NO_FLAGS}
+    flags = {flag: hint for flag, hint in typing.get_type_hints(command).items() if flag not in NO_FLAGS}
     known = _fields(Recipe) | flags
     values = _parsed(parser, arguments, known)
     if values.recipe is not None:

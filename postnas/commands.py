@@ -1,6 +1,6 @@
 """What the command line can do: one function a command, whose signature and docstring are its flags and help.
 
-Commands that take a recipe have a `Recipe` as their only argument; its fields are their flags.
+Commands that take a recipe have a `Recipe` as their first argument; its fields are flags beside their own.
 Heavy imports stand inside, so that `postnas --help` answers at once.
 """
 
@@ -281,13 +281,11 @@ def plan(
     train_tokens: str = "1B",
     tokens_per_s: float | None = None,
     length: str = "2k",
-    measured: Path | None = None,
-    config: str | None = None,
 ) -> None:
     """Tell what a hybrid or a recipe will cost, before anything is downloaded but a config.
 
     Args:
-        model: A hub id, a folder or a config.json. Or a recipe, RECIPE.yaml: it says all but the GPU.
+        model: A hub id, a folder or a config.json. Or a recipe: see postnas plan RECIPE.yaml --help.
         context: Tokens of a sequence; 64k is 65,536.
         gpu: Whose bandwidth and arithmetic the rooflines take.
         block: The linear block.
@@ -296,23 +294,24 @@ def plan(
         train_tokens: Tokens of each stage of distillation; 1B and 1e9 are the same.
         tokens_per_s: What every stage is taken to run at; 40% of the GPU's peak where left out.
         length: Tokens of a training sequence.
-        measured: What benchmarks/dry_run_h100.py wrote: a recipe's stages are taken to run at the tokens/s in it.
-        config: The config.json of a recipe's base, where its hub cannot be asked.
     """
     from postnas.search.plan import plan as make_plan
-    from postnas.search.plan import plan_recipe, recipe_in
 
-    if Path(model).suffix not in (".yaml", ".yml"):
-        if measured is not None or config is not None:
-            raise UserError(f"model: {model!r} is no recipe, which --measured and --config go with; give RECIPE.yaml")
-        print(make_plan(model, context, gpu, block, batch, align_tokens, train_tokens, tokens_per_s, length))
-        return
-    given = (context, block, batch, align_tokens, train_tokens, tokens_per_s, length)
-    if given != ("64k", "jet", 1, "6M", "1B", None, "2k"):
-        raise UserError(
-            f"model: {model!r} is a recipe, beside which --gpu, --measured and --config go; leave others out"
-        )
-    print(plan_recipe(recipe_in(Path(model)), measured, gpu, config))
+    print(make_plan(model, context, gpu, block, batch, align_tokens, train_tokens, tokens_per_s, length))
+
+
+def plan_recipe(recipe: Recipe, measured: Path | None = None, gpu: str = "h100", config: str | None = None) -> None:
+    """Tell what each stage of a recipe will cost, before anything is downloaded but a config.
+
+    Args:
+        recipe: What the run does.
+        measured: What benchmarks/dry_run_h100.py wrote: stages are taken to run at the tokens/s in it.
+        gpu: Whose memory is compared, and whose arithmetic stages are taken to reach 40% of where none are measured.
+        config: The config.json of the base, where its hub cannot be asked.
+    """
+    from postnas.search.plan import plan_recipe as make_plan
+
+    print(make_plan(recipe, measured, gpu, config))
 
 
 COMMANDS: dict[str, Any] = {
@@ -338,10 +337,12 @@ COMMANDS: dict[str, Any] = {
 def variant(name: str, arguments: list[str]) -> Any:
     """The command that `name` means with these arguments, or None where there is none.
 
-    `eval` and `report` take a recipe, or what a recipe made: a model, several run directories.
+    `eval` and `report` take a recipe, or what a recipe made: a model, several run directories. `plan` takes a base, or
+    a recipe.
     """
-    recipe = any(Path(word).suffix in (".yaml", ".yml") for word in arguments)
-    if recipe or all(word.startswith("-") for word in arguments):
+    if any(Path(word).suffix in (".yaml", ".yml") for word in arguments):
+        return {"plan": plan_recipe}.get(name, COMMANDS.get(name))
+    if all(word.startswith("-") for word in arguments):
         return COMMANDS.get(name)
     return {"eval": evaluate_model, "report": compare}.get(name, COMMANDS.get(name))
 

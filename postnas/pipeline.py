@@ -76,7 +76,7 @@ def _run(state: Run, only: str | None) -> None:
             STAGE_FUNCTIONS[stage](state)
         parallel.barrier()
         if lead:
-            seconds = max(time.monotonic() - begin, _logged_seconds(state.folder, stage))
+            seconds = max(time.monotonic() - begin, _logged_seconds(recipe, stage))
             done[stage] = {"seconds": seconds, "peak_bytes": _peak_bytes(state.device)} | _tokens(recipe, stage)
             write_json(done_file, done)
 
@@ -250,14 +250,39 @@ NAMED = {"select": "select.blocks", "design": "design.variants", "size": "size.h
 
 
 def _tokens(recipe: Recipe, stage: str) -> dict[str, int]:
+    """The tokens that a stage has trained on; nothing for one that trains nothing."""
+    if stage in TRIALS:
+        return {"tokens": sum(row["tokens"] for row in _trained_rows(recipe, stage))}
     trained = {"align": recipe.align.tokens + recipe.paths.tokens, "train": recipe.train.tokens + recipe.stage2.tokens}
     return {"tokens": trained[stage]} if stage in trained else {}
 
 
-def _logged_seconds(run: Path, stage: str) -> float:
-    """Seconds of a training stage's steps by its own log, which a stopped run's go on to count in."""
+def _trained_rows(recipe: Recipe, stage: str) -> list[Row]:
+    """Rows of a comparison, one a training: what a comparison before it, or a row before it, has trained is theirs."""
+    names = list(TRIALS)
+    before = [name for name in names[: names.index(stage)] if recipe.has(name)]
+    known, found = [], []
+    for name in (*before, stage):
+        for row in read_json(Path(recipe.out) / TRIALS[name])["rows"]:
+            # Rows do not hold the key of their training, but its measured speed tells trainings apart.
+            training = [row[field] for field in ("block", "lr", "rates", "tokens", "train_tokens_per_s")]
+            if training not in known:
+                known.append(training)
+                found += [row] if name == stage else []
+    return found
+
+
+def _logged_seconds(recipe: Recipe, stage: str) -> float:
+    """Seconds of a stage's training by its own log, which a stopped run's go on to count in.
+
+    Of a comparison's trainings the log keeps the speed of the distillation alone: what they take at least.
+    """
+    if stage in TRIALS:
+        aligned = getattr(recipe, stage).align_tokens
+        rows = _trained_rows(recipe, stage)
+        return sum((row["tokens"] - aligned) / row["train_tokens_per_s"] for row in rows)
     stages = {"align": ("align", "paths"), "train": ("train", "stage2")}.get(stage, ())
-    records = [r for r in read_jsonl(run / "metrics.jsonl") if r["stage"] in stages] if stages else []
+    records = [r for r in read_jsonl(Path(recipe.out) / "metrics.jsonl") if r["stage"] in stages] if stages else []
     return sum(r["seconds"] for r in records)
 
 

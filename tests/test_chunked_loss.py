@@ -1,6 +1,14 @@
-"""Losses in chunks of tokens against torch's own on full logits: values and gradients."""
+"""Losses in chunks of tokens against torch's own on full logits: values and gradients; the kernel against plain.
+
+Without a GPU the kernel runs under Triton's interpreter: TRITON_INTERPRET=1, with triton installed.
+"""
 
 from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,12 +16,30 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from postnas.ops import chunked_loss
-from postnas.ops.chunked_loss import chunked_kl, chunked_nll
+from postnas.ops.chunked_loss import chunked_kl, chunked_nll, kl_rows, plain_kl_rows
 
 VOCAB, WIDTH = 37, 8
 COUNTS = (1, 127, 128, 129, 300)
 TYPES = pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
 CAPS = pytest.mark.parametrize("softcap", [None, 3.0])
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
+    return importlib.import_module("postnas.ops.chunked_loss_triton")
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, so that a row's loss left unwritten shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
 
 
 def heads_and_hidden(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -105,3 +131,157 @@ def test_losses_never_hold_the_logits_of_all_tokens(monkeypatch: pytest.MonkeyPa
     chunked_nll(student, weight, torch.zeros(1000, dtype=torch.int64))
     assert max(rows) == chunked_loss.CHUNK
     assert sum(rows) == 3 * 1000
+
+
+def test_a_chunk_of_the_kernels_logits_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both logits within ROOM and over half of it, except where one token alone has more."""
+    monkeypatch.setattr(chunked_loss, "_has_kernels", lambda *parts: True)
+    low, wide = torch.empty(0, 8, dtype=torch.bfloat16), torch.empty(0, 8)
+    for vocab in (1, 50, 49_152, 151_936, 262_144, 10**6):
+        for student, teacher in ((low, low), (wide, wide), (low, wide)):
+            token = vocab * (student.itemsize + teacher.itemsize)
+            size = chunked_loss._kl_chunk(student, teacher, vocab)
+            assert chunked_loss.ROOM / 2 < size * token <= chunked_loss.ROOM
+    assert chunked_loss._kl_chunk(low, low, 262_144) == 1024
+    assert chunked_loss._kl_chunk(low, low, 10**9) == 1
+
+
+def test_a_cpu_takes_the_plain_form() -> None:
+    student, teacher = torch.randn(2, 5, VOCAB)
+    losses, grad = kl_rows(student, teacher, softcap=3.0, gradient=True)
+    expected, expected_grad = plain_kl_rows(student, teacher, softcap=3.0, gradient=True)
+    assert grad is not None and expected_grad is not None
+    assert torch.equal(losses, expected) and torch.equal(grad, expected_grad)
+    assert kl_rows(student, teacher, softcap=None, gradient=False)[1] is None
+
+
+# The kernel, on the GPU or under the interpreter
+
+
+def logits(rows: int, vocab: int, dtype: torch.dtype, size: float = 3.0) -> tuple[Tensor, Tensor]:
+    """A student's and a teacher's, which agree in part."""
+    generator = torch.Generator().manual_seed(rows + vocab)
+    teacher = size * torch.randn(rows, vocab, generator=generator)
+    student = 0.7 * teacher + 0.3 * size * torch.randn(rows, vocab, generator=generator)
+    return student.to(DEVICE, dtype), teacher.to(DEVICE, dtype)
+
+
+def assert_near(found: Tensor, expected: Tensor, bound: float) -> None:
+    """The whole tensor's error as a share of its size; a NaN fails."""
+    assert found.shape == expected.shape
+    error, size = (found.double() - expected).norm(), expected.norm()
+    assert bool(error <= bound * size), f"{float(error / size)} above {bound}"
+
+
+def compare(kernels: ModuleType, student: Tensor, teacher: Tensor, softcap: float | None) -> None:
+    """Losses and gradient against the plain form in float64; the gradient stands where the student's logits did."""
+    expected, expected_grad = plain_kl_rows(student.double(), teacher.double(), softcap, True)
+    kept, kept_teacher = student.clone(), teacher.clone()
+    alone, none = kernels.kl_rows(student, teacher, softcap, False)
+    assert none is None and torch.equal(student, kept)
+    losses, grad = kernels.kl_rows(student, teacher, softcap, True)
+    assert torch.equal(losses, alone) and losses.dtype == torch.float32
+    assert grad is student and grad.dtype == kept.dtype and torch.equal(teacher, kept_teacher)
+    assert_near(losses, expected, 1e-5)
+    assert expected_grad is not None
+    assert_near(grad, expected_grad, BOUNDS[grad.dtype])
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0, 3.0])
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("rows, vocab", [(1, 1000), (5, 2), (3, 4096), (3, 4097), (2, 9_999), (2, 50_257)])
+def test_kernel_equals_plain(
+    kernels: ModuleType, poison: None, rows: int, vocab: int, dtype: torch.dtype, softcap: float | None
+) -> None:
+    compare(kernels, *logits(rows, vocab, dtype), softcap)
+
+
+@CAPS
+@pytest.mark.parametrize("vocab", [1, 15, 16, 17, 31, 32, 33, 100])
+def test_any_number_of_tiles(
+    kernels: ModuleType, poison: None, monkeypatch: pytest.MonkeyPatch, vocab: int, softcap: float | None
+) -> None:
+    monkeypatch.setattr(kernels, "TILE", 16)
+    compare(kernels, *logits(4, vocab, torch.float32), softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (100.0, -100.0)])
+def test_large_logits_do_not_overflow(
+    kernels: ModuleType,
+    poison: None,
+    monkeypatch: pytest.MonkeyPatch,
+    shift: tuple[float, float],
+    softcap: float | None,
+) -> None:
+    """Of size 60, up to about 200; a shift of all of a row's logits is none of the loss where there is no cap."""
+    monkeypatch.setattr(kernels, "TILE", 64)
+    student, teacher = logits(3, 1000, torch.float32, size=60.0)
+    if softcap is None:
+        student, teacher = student + shift[0], teacher + shift[1]
+    compare(kernels, student, teacher, softcap)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_largest_logit_may_come_first_or_last(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, order: int
+) -> None:
+    """The student's maximum and the teacher's are met at opposite ends."""
+    monkeypatch.setattr(kernels, "TILE", 16)
+    up = torch.linspace(-40, 40, 100, device=DEVICE).expand(2, -1)
+    student, teacher = (up, 0.5 * up.flip(1)) if order == 1 else (0.5 * up.flip(1), up)
+    compare(kernels, student.contiguous(), teacher.contiguous(), None)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_kernel_of_a_model_with_itself_is_zero(kernels: ModuleType, dtype: torch.dtype, softcap: float | None) -> None:
+    _, teacher = logits(4, 5000, dtype)
+    losses, grad = kernels.kl_rows(teacher.clone(), teacher, softcap, True)
+    assert losses.abs().max() == 0
+    assert grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_kernel_of_near_equal_models_is_not_negative(kernels: ModuleType, softcap: float | None) -> None:
+    """KL of about 1e-6 to 1e-11, under the rounding of the sums."""
+    _, teacher = logits(16, 5000, torch.float32)
+    for distance in (1e-3, 1e-4, 1e-5):
+        student = teacher + distance * torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1)).to(
+            teacher
+        )
+        losses = kernels.kl_rows(student, teacher, softcap, False)[0]
+        assert losses.min() > -1e-6 and losses.max() < 3e-6
+
+
+def test_a_logit_that_is_not_finite_gives_a_loss_that_is_not(kernels: ModuleType) -> None:
+    for value in (float("nan"), float("inf")):
+        student, teacher = logits(3, 100, torch.float32)
+        student[1, 7] = value
+        losses = kernels.kl_rows(student, teacher, None, True)[0]
+        assert losses.isfinite().tolist() == [True, False, True]
+
+
+@CAPS
+@pytest.mark.parametrize("wanted", ["both", "hidden", "head", "none"])
+@pytest.mark.parametrize("count", [1, 33])
+def test_chunked_kl_by_the_kernel(
+    kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, count: int, wanted: str, softcap: float | None
+) -> None:
+    """Over chunks of sixteen tokens: loss and gradients as float64 has them, with gradients of any of the two."""
+    monkeypatch.setattr(chunked_loss, "_has_kernels", lambda student, teacher: student.dtype == torch.float32)
+    monkeypatch.setattr(chunked_loss, "ROOM", 16 * 8 * VOCAB)
+    parts = [part.detach().to(DEVICE) for part in heads_and_hidden(count, torch.float32)]
+    wide = [part.double() for part in parts]
+    places = {"both": (0, 1), "hidden": (0,), "head": (1,), "none": ()}[wanted]
+    for place in places:
+        parts[place].requires_grad_()
+        wide[place].requires_grad_()
+    found, expected = chunked_kl(*parts, softcap), chunked_kl(*wide, softcap)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert found.requires_grad == bool(places)
+    if places:
+        grads = torch.autograd.grad(2.0 * found, [parts[place] for place in places])
+        wanted_grads = torch.autograd.grad(2.0 * expected, [wide[place] for place in places])
+        for a, b in zip(grads, wanted_grads):
+            assert_near(a, b, 1e-5)

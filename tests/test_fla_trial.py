@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +34,7 @@ OUTCOMES: dict[str, tuple[Any, str | None, float]] = {
     "nan": (SimpleNamespace(returncode=0, stdout='{"o": NaN}', stderr=""), "is wrong", torch.inf),
     "refused": (failed("RuntimeError: see #640"), "refuses: .*see #640", torch.inf),
     "refused, tilelang": (failed("ValueError: TileLang takes no float32"), "refuses", torch.inf),
-    "endless": (subprocess.TimeoutExpired("python", 300), "did not come back in 300 s", DAY),
+    "endless": (subprocess.TimeoutExpired("python", fla.LIMIT), f"did not come back in {fla.LIMIT} s", DAY),
     "full": (failed("torch.OutOfMemoryError: CUDA out of memory"), "failed: .*out of memory", 0),
     "too wide": (failed("AssertionError: heads of 256 at most"), "refuses: .*256 at most", torch.inf),
     "bare assertion": (failed("AssertionError"), "failed: AssertionError", 0),
@@ -105,6 +108,35 @@ def test_a_trial_is_kept_as_long_as_it_says_something(
         hint = "the next start tries again" if holds == 0 else f"to try again, remove {fla.record()}"
         with pytest.warns(UserWarning, match=f"^gated_delta_rule: the plain PyTorch form.*{re.escape(hint)}$"):
             assert not fla.works(SHAPE)
+
+
+def test_a_second_process_waits_for_the_first_ones_trial(
+    monkeypatch: pytest.MonkeyPatch, clock: SimpleNamespace, place: None
+) -> None:
+    """Here both are threads, since a lock of flock belongs to an open file."""
+    calls: list[list[str]] = []
+    both = threading.Barrier(2, timeout=30)
+
+    def run(command: list[str], **settings: Any) -> Any:
+        calls.append(command)
+        time.sleep(0.3)
+        return OUTCOMES["right"][0]
+
+    kept = fla._kept
+
+    def look(key: str) -> Any:
+        found = kept(key)
+        if threading.current_thread() not in looked:  # neither has found anything when both begin
+            looked.add(threading.current_thread())
+            both.wait()
+        return found
+
+    looked: set[threading.Thread] = set()
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(fla, "_kept", look)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(fla.trial, [SHAPE, SHAPE])) == [None, None]
+    assert len(calls) == 1
 
 
 def test_an_older_record_is_not_trusted(monkeypatch: pytest.MonkeyPatch, place: None) -> None:

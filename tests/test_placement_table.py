@@ -104,6 +104,7 @@ def make_seed(folder: Path, seed: int) -> None:
         score = statistics.fmean(loss(name, one) - loss(name, ATTENTION) for name in RETRIEVAL)
         found = {"placement": one, "strategy": strategy, "budget": budget, "block": "jet", "seed": seed}
         found |= {"objective": {"retrieval": 1.0}, "scores": {"score": score}, "candidates": kind, "seconds": 2.0}
+        found["resumed"] = False
         write_json(
             folder / f"search-{kind}-{strategy}-{budget}.json",
             found | {"scored": 5, "tokens": 500, "score_tokens": 100},

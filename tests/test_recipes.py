@@ -13,16 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from postnas.__main__ import main, read_recipe
+from postnas.__main__ import main, parse, read_recipe
 from postnas.blocks import linear_blocks
 from postnas.errors import UserError
 from postnas.evaluate.verdict import check_text
+from postnas.export.jet_nemotron import refusal
 from postnas.files import read_json
 from postnas.models.checkpoint import base_config
 from postnas.pipeline import check
 from postnas.recipe import Recipe
 from postnas.search.cost import GPUS, Decoder
-from postnas.search.plan import UTILISATION, plan_recipe, recipe_in, recipe_stages
+from postnas.search.plan import UTILISATION, plan_recipe, recipe_stages
 from postnas.search.strategies import with_linear
 from postnas.sources.text import DATASET
 
@@ -87,6 +88,27 @@ def test_text_is_enough_for_search_and_measurement(name: str) -> None:
     assert recipe.place.tokens <= len(half)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "told"),
+    [
+        ("qwen2.5-1.5b", None, None),
+        ("qwen2.5-1.5b", {}, "blocks.jet.qkv_bias"),  # the base's own biases
+        ("llama-3.2-1b", None, None),
+        ("qwen3-1.7b", None, "qk_norm"),
+        ("gemma-3-1b", None, "qk_norm"),
+    ],
+)
+def test_what_a_recipe_makes_is_exported_where_the_base_allows(
+    name: str, options: dict[str, Any] | None, told: str | None
+) -> None:
+    recipe, config = recipe_of(name), base_config(str(SHAPES / f"{name}.json"))
+    linear = set(range(len(config.placement) - recipe.place.budget))
+    config.placement = with_linear(config.placement, recipe.place.block, linear)
+    config.blocks = (config.blocks or {}) | (recipe.align.options if options is None else options)
+    reason = refusal(config)
+    assert reason is None if told is None else reason is not None and reason.startswith(told)
+
+
 def test_gemmas_budget_takes_from_its_full_layers_whatever_is_kept() -> None:
     """At 32K, the cache of the worst placement of the recipe's budget; one of four may win nothing."""
     recipe, base = recipe_of("gemma-3-1b"), sizes("gemma-3-1b")
@@ -110,7 +132,10 @@ def test_gemmas_budget_takes_from_its_full_layers_whatever_is_kept() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, "smollm2-cpu", "smollm2-135m"])
 def test_plan_reads_a_recipe_as_run_does(name: str) -> None:
-    assert recipe_in(ROOT / "recipes" / f"{name}.yaml") == recipe_of(name)
+    path = str(ROOT / "recipes" / f"{name}.yaml")
+    assert parse("plan", [path])[1]["recipe"] == recipe_of(name)
+    flags = [path, "--train.tokens", "1e6", "--seed", "3", "--gpu", "l4"]
+    assert parse("plan", flags)[1]["recipe"] == read_recipe("run", flags[:-2])
 
 
 # What a recipe costs
@@ -132,12 +157,12 @@ def dry_rows(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def changed(path: Path, **sections: dict[str, Any]) -> Any:
-    recipe = recipe_in(path)
+    recipe = read_recipe("run", [str(path)])
     return replace(recipe, **{name: replace(getattr(recipe, name), **fields) for name, fields in sections.items()})
 
 
 def test_a_recipe_without_measurements_is_priced_at_forty_percent() -> None:
-    recipe = recipe_in(QWEN)
+    recipe = recipe_of("qwen2.5-1.5b")
     text = plan_recipe(recipe, config=QWEN_CONFIG)
     assert max(map(len, text.splitlines())) <= 110 and "measured" not in text
     total = 0.0
@@ -158,7 +183,7 @@ def test_measured_rows_set_the_pace_of_their_stage(tmp_path: Path) -> None:
         {"stage": "align", "tokens_per_s": 1.0, "block": "gla"},
         {"stage": "place", "tokens_per_s": 1.0, "model": "another"},
     )
-    lines = lines_of(plan_recipe(recipe_in(QWEN), path, config=QWEN_CONFIG))
+    lines = lines_of(plan_recipe(recipe_of("qwen2.5-1.5b"), path, config=QWEN_CONFIG))
     assert lines["train"][-5:] == ["measured", "2.00", "50", "B", "624"]
     assert lines["stage2"][-5:] == ["measured*", "3.00", "350", "B", "7,536"]  # at half of the batch
     assert "assumed" in lines["align"] and "assumed" in lines["place"]
@@ -171,14 +196,15 @@ def test_each_stage_of_a_recipe_is_priced() -> None:
     def priced(recipe: Any) -> dict[str, Any]:
         return {name: stage for name, stage, *_ in recipe_stages(recipe, base)}
 
-    one, both = priced(recipe_in(QWEN)), priced(changed(QWEN, align={"blocks": ["jet", "gla"]}))
-    alone = priced(changed(QWEN, align={"blocks": ["gla"]}, place={"block": "gla"}))["align"].flops
+    one, both = priced(recipe_of("qwen2.5-1.5b")), priced(changed(QWEN, align={"blocks": ["jet", "gla"]}))
+    other = changed(QWEN, align={"blocks": ["gla"], "options": {}}, place={"block": "gla"})
+    alone = priced(other)["align"].flops
     shared = base.body_flops(512) * 100_000_000 // 512
     assert both["align"].flops == one["align"].flops + alone - shared
     with_paths = priced(changed(QWEN, paths={"tokens": 5_000_000}, stage2={"tokens": 0}))
     assert list(with_paths) == ["align", "paths", "place", "train"]
     assert with_paths["paths"].tokens == 5_000_000
-    assert list(priced(replace(recipe_in(QWEN), stages=["place"]))) == ["place"]
+    assert list(priced(replace(recipe_of("qwen2.5-1.5b"), stages=["place"]))) == ["place"]
     swap, beam = (priced(changed(QWEN, place={"strategy": name}))["place"] for name in ("swap", "beam"))
     assert swap.tokens == (2 + 28) * 5 * 16_384 and beam.tokens > 30 * swap.tokens
     assert beam.flops / beam.tokens == pytest.approx(swap.flops / swap.tokens)
@@ -214,9 +240,9 @@ def test_a_bad_file_of_measurements_is_one_line(
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        ([str(QWEN), "--length", "4k"], "is a recipe, beside which"),
-        (["some/model", "--measured", "x.json"], "is no recipe"),
-        (["some/model", "--config", "x.json"], "is no recipe"),
+        ([str(QWEN), "--length", "4k"], "--length: is not understood"),
+        (["some/model", "--measured", "x.json"], "--measured: is not understood"),
+        (["some/model", "--config", "x.json"], "--config: is not understood"),
         ([str(QWEN), "--gpu", "h10"], "gpu: 'h10' is unknown"),
         (["none/such.yaml"], "cannot be read"),
     ],
@@ -240,17 +266,20 @@ def test_flags_that_do_not_go_together_are_one_line(
         "",
     ],
 )
-def test_a_bad_recipe_is_one_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_recipe_is_the_line_that_run_gives(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
-    assert main(["plan", str(path)]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    said = []
+    for command in ("plan", "run"):
+        assert main([command, str(path)]) == 2
+        said.append(capsys.readouterr().err.replace(f"postnas {command}", "postnas"))
+    assert said[0] == said[1] and said[0].count("\n") == 1
 
 
 def test_exponents_in_a_recipe_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text("base: {model: x}\ndata: {text: [{source: y}], tokens: 2e9}\ntrain: {tokens: 1.5e6, lr: 1e-3}")
-    recipe = recipe_in(path)
+    recipe = parse("plan", [str(path)])[1]["recipe"]
     assert (recipe.data.tokens, recipe.train.tokens, recipe.train.lr) == (2_000_000_000, 1_500_000, 1e-3)
 
 

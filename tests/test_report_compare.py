@@ -123,6 +123,20 @@ def test_a_run_shows_what_it_has(page: str) -> None:
     assert page.count("15 of 30 layers are linear (jet), strategy uniform") == 1
 
 
+def test_comparisons_are_counted_and_named_in_the_cost(runs: list[Path], page: str, tmp_path: Path) -> None:
+    assert cells(page, "Cost", "A")[-4:] == ["88.0", "1,012.1", "200,704", "2.90 GiB"]
+    assert not any(f">{name}, s<" in page for name in ("select", "design", "size"))
+    other = Path(shutil.copytree(runs[1], tmp_path / "run"))
+    compared = {"select": {"seconds": 50.0, "tokens": 3072}, "size": {"seconds": 20.0}}  # before tokens were kept
+    write_json(other / "stages.json", read_json(other / "stages.json") | compared)
+    both = write_comparison([runs[0], other], tmp_path / "compare.html").read_text(encoding="utf-8")
+    heads = re.findall(r">([^<]*), s</th>", both.split('aria-label="Cost"')[1])
+    assert heads == ["align", "place", "select", "size", "train", "evaluate", "bench", "all"]
+    assert cells(both, "Cost", "A")[2:4] == ["–", "–"]
+    assert cells(both, "Cost", "B")[2:4] == ["50.0", "20.0"]
+    assert cells(both, "Cost", "B")[-3:-1] == ["1,082.1", "203,776"]
+
+
 def test_runs_of_one_base_and_device_are_not_warned_of(page: str) -> None:
     assert "different bases" not in page and "different devices" not in page
     assert "://" not in page and "<script" not in page and "None" not in page.split("The resolved recipe")[0]

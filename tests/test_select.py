@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -17,12 +18,13 @@ from tiny import make_base, make_text
 from trial_runs import SELECT, TRIAL, timeless, written
 
 from postnas import check
-from postnas.__main__ import main
+from postnas.__main__ import main, read_recipe
 from postnas.evaluate import suite
 from postnas.evaluate.task import Task, load_task
-from postnas.files import read_json, read_jsonl, write_json
+from postnas.files import read_json, read_jsonl, write_json, write_jsonl
 from postnas.models.load import load
 from postnas.report.html import write_report
+from postnas.run import Run
 from postnas.search import blocks, objectives, variants
 from postnas.train import loop
 
@@ -84,6 +86,30 @@ def test_design_begins_with_what_was_chosen_and_trains_it_once(done: Path) -> No
     trained = [record for record in read_jsonl(done / "trials.jsonl") if "outputs" in record]
     assert len(trained) == 2 + 2
     assert not list((done / "checkpoints" / "trials").iterdir())
+
+
+def test_the_cost_of_a_comparison_is_kept_with_its_tokens(
+    done: Path, inputs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """What `select` has trained is not counted once more in `design`, nor lost where a stage is asked again."""
+    one = 512 + 512 + 2 * 256
+    stages = read_json(done / "stages.json")
+    assert {name: stages[name]["tokens"] for name in ("select", "design")} == {"select": 2 * one, "design": 2 * one}
+    page = write_report(done).read_text(encoding="utf-8")
+    body = page.split('aria-label="Cost"')[1].split("</table>")[0]
+    assert all(f'<th scope="row">{name}</th>' in body for name in ("select", "design")) and body.count("3,072") == 2
+    run = copytree(done, tmp_path / "run")
+    (run / "stages.json").write_text('{"align": {"seconds": 1.0}, "place": {"seconds": 1.0}}')
+    records = read_jsonl(run / "trials.jsonl")
+    trained = [record for record in records if "outputs" in record]  # two of `select`, then two of `design`
+    for speed, record in enumerate(trained, start=1):
+        record["train_tokens_per_s"] = float(speed)
+    write_jsonl(run / "trials.jsonl", records)
+    assert main(["run", written(tmp_path, inputs), "--stages", "[align,place,select,design]"]) == 0
+    again = read_json(run / "stages.json")
+    for name, speeds in (("select", (1, 2)), ("design", (3, 4))):
+        assert again[name]["tokens"] == stages[name]["tokens"]
+        assert again[name]["seconds"] == pytest.approx(sum((one - 512) / speed for speed in speeds))
 
 
 def test_only_the_linear_layers_are_trained(done: Path, inputs: tuple[Path, Path], tmp_path: Path) -> None:
@@ -236,3 +262,24 @@ def test_a_comparison_of_another_shape_is_one_line(
     write_json(tmp_path / "run" / "design.json", {"chosen": {"block": "jet"}})
     assert main(["report", written(tmp_path, inputs)]) == 2
     assert "design.json: lacks 'rows'; make it anew with `postnas design`" in capsys.readouterr().err
+
+
+def test_what_is_only_reported_may_be_measured_on_the_rows_that_evaluation_keeps(
+    inputs: tuple[Path, Path], done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The search's rows, or all others: never a row of both."""
+    recipe = replace(read_recipe("run", [written(tmp_path, inputs)]), out=str(done))
+    terms = Run(recipe).terms("select")
+    monkeypatch.setattr(variants, "_rows_of", lambda name: (frozenset({"a", "b"}), frozenset({"c"})))
+    seen = []
+
+    def evaluated(models: Any, *args: Any, excluded: Any, **settings: Any) -> Any:
+        seen.append(excluded("any"))
+        return {"outputs": {"hybrid": {}}}
+
+    monkeypatch.setattr(variants, "evaluate", evaluated)
+    net = terms.supernet("jet", {layer: terms.mixer(variants.Variant("jet", "jet", {})) for layer in terms.linear})
+    for own in (False, True):
+        comparison = variants.Comparison("select", recipe.select, replace(terms, evaluated=own))
+        comparison._outputs(variants.Variant("jet", "jet", {}), net)
+    assert seen == [frozenset({"c"}), frozenset({"a", "b"})]

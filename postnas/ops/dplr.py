@@ -145,9 +145,14 @@ def chunk_rwkv7(
 
 
 def rule_flops(tokens: int, keys: int, values: int, writes: int) -> int:
-    """Floating-point operations (a multiply-add is two) of a rule's `tokens` tokens in one head.
+    """Floating-point operations of a rule's `tokens` tokens in one head.
 
-    writes: how many vectors a token writes along: 1 in `kda`, 2 in `rwkv7`. The triangular system counts C C a column.
+    What counts, for all rules alike, says `linear_attention.attention_flops`.
+
+    writes: the vectors that a token writes along, P: 1 in `kda`, 2 in `rwkv7`. A chunk of C tokens, full or not, needs
+    two reads of the P writes at the pairs j < i alone (2 P C (C - 1) K), as with any decay a channel; the triangular
+    system on V + K columns (C C a column); P = 1 or, with k's values, 3 products of such pairs with values (2 C C V
+    each, whole squares); and 2 + P products with the state (2 C K V each).
     """
     if tokens == 1:
         return 2 * keys * values * (2 + writes)

@@ -161,11 +161,17 @@ def _pairs(q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def attention_flops(tokens: int, key_dim: int, value_dim: int, by_channel: bool = False) -> int:
-    """Floating-point operations of one head's products over `tokens` tokens, by the form that suits the length.
+    """Floating-point operations (a multiply-add is two) of one head's products over `tokens` tokens.
 
-    A chunk of C tokens, full or not, needs q.k (2 C C K), scores times values (2 C C V) and two products with the state
-    (2 C K V each); one token alone the latter two. With a decay a channel q.k is worked out for the pairs j < i alone,
-    C (C - 1) K, and elementwise at j = i, which is left out.
+    What all rules count is said here: the matrix products of the plain form that suits the length, each at its full
+    size, with zeros that it is filled up with and squares that are masked afterwards; C C for a column of a triangular
+    system; and a lone token's write to the state. Other work element by element is left out. It is what torch's counter
+    sees once it knows these two, to the last operation (tests/test_plan.py). fla's kernels may multiply more or less.
+
+    A chunk of C tokens, full or not, needs q.k, scores times values (2 C C V) and two products with the state
+    (2 C K V each); one token alone the latter two. With one decay a head q.k is a whole square, 2 C C K. With one a
+    channel it cannot be one product, and the blocks that `_pairs` joins hold the pairs j < i and no others,
+    C (C - 1) K. So for the same score half as much is counted, because half as much is multiplied.
     """
     if tokens == 1:
         return 4 * key_dim * value_dim

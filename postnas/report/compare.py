@@ -22,8 +22,10 @@ from postnas.report.results import (
     rate,
 )
 from postnas.report.runs import NOTHING, Key, Member, bases, difference, read_member, recipe_changes
+from postnas.trials import TRIALS
 
-STAGES = ("align", "place", "train", "evaluate", "bench")
+STAGES = ("align", "place", *TRIALS, "train", "evaluate", "bench")
+"""The stages whose cost has a column; those that compare variants have one where a run has made them."""
 
 
 def write_comparison(folders: Sequence[Path], out: Path) -> Path:
@@ -44,7 +46,7 @@ def write_comparison(folders: Sequence[Path], out: Path) -> Path:
 
 def _page(members: list[Member]) -> dict[str, Any]:
     letters = [member.letter for member in members]
-    first = letters[0]
+    first, stages = letters[0], _stages(members)
     return {
         "title": f"{len(members)} runs compared",
         "runs": [_described(member) for member in members],
@@ -54,8 +56,8 @@ def _page(members: list[Member]) -> dict[str, Any]:
         "scores": _scores(members),
         "speed_head": ["run", *("phase", "context", "tokens/s", "of its base's", "cache", "smaller")],
         "speeds": [_speed_cells(member, row) for member in members for row in member.won],
-        "cost_head": ["run", *(f"{stage}, s" for stage in STAGES), "all, s", "text, tokens", "peak memory"],
-        "costs": [_cost_cells(member) for member in members if member.results.stages],
+        "cost_head": ["run", *(f"{stage}, s" for stage in stages), "all, s", "text, tokens", "peak memory"],
+        "costs": [_cost_cells(member, stages) for member in members if member.results.stages],
         "letters": letters,
         "command": f"postnas report {shlex.join(str(member.folder) for member in members)}",
         "changes": recipe_changes(members),
@@ -133,10 +135,16 @@ def _speed_cells(member: Member, row: Won) -> list[str]:
     return [member.letter, row.phase, context_name(row.context), speed, ratio, byte_text(row.hybrid_bytes), smaller]
 
 
-def _cost_cells(member: Member) -> list[str]:
+def _stages(members: list[Member]) -> list[str]:
+    made = {stage for member in members for stage in member.results.stages}
+    return [stage for stage in STAGES if stage not in TRIALS or stage in made]
+
+
+def _cost_cells(member: Member, columns: list[str]) -> list[str]:
+    """A row of the table of costs; tokens are those of all stages that train."""
     stages = member.results.stages
-    seconds = [f"{stages[stage]['seconds']:,.1f}" if stage in stages else NOTHING for stage in STAGES]
-    tokens = sum(stages[stage].get("tokens") or 0 for stage in ("align", "train") if stage in stages)
+    seconds = [f"{stages[stage]['seconds']:,.1f}" if stage in stages else NOTHING for stage in columns]
+    tokens = sum(stages[stage].get("tokens") or 0 for stage in ("align", *TRIALS, "train") if stage in stages)
     peak = max(cost.get("peak_bytes") or 0 for cost in stages.values())
     total = f"{sum(cost['seconds'] for cost in stages.values()):,.1f}"
     words = f"{tokens:,}" if tokens else NOTHING, byte_text(peak) if peak else NOTHING

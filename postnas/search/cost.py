@@ -101,7 +101,11 @@ class Decoder:
         return 2 * tokens * self.config.hidden_size * self.config.vocab_size
 
     def body_flops(self, tokens: int, past: int = 0) -> int:
-        """Operations of `tokens` tokens after `past` cached ones, without the head; norms and sums are negligible."""
+        """Operations of `tokens` tokens after `past` cached ones, without the head; norms and sums are negligible.
+
+        Attention counts the pairs that its mask lets through. Of linear blocks `ops.linear_attention.attention_flops`
+        says what counts.
+        """
         return sum(mixer.flops(tokens, past) for mixer in self.mixers) + self.layers * self.mlp_flops(tokens)
 
 

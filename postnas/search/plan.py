@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
-
-import yaml
+from typing import Any
 
 from postnas.blocks import linear_blocks
 from postnas.errors import UserError
 from postnas.files import read_json
 from postnas.models.checkpoint import base_config
-from postnas.recipe import Place, Recipe, Text
+from postnas.recipe import Place, Recipe
 from postnas.search.cost import (
     GIB,
     GPUS,
@@ -169,34 +167,6 @@ def plan_recipe(recipe: Recipe, measured: Path | None = None, gpu: str = "h100",
             f"Its searches for block, design and sizes took {PAPER_ELSE:,} more. Yours, evaluation, bench: left out.",
         ]
     )
-
-
-def recipe_in(path: Path) -> Recipe:
-    """The recipe in a YAML file, without flags. Raises UserError, with the file, for what makes none."""
-    try:
-        return _section(Recipe, yaml.safe_load(path.read_text(encoding="utf-8")), "recipe")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give a recipe, a YAML file") from error
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        cause = str(error).splitlines()[0]
-        raise UserError(f"{path}: is no recipe ({cause}); mend it until `postnas run` takes it") from error
-
-
-def _section(kind: Any, value: Any, name: str) -> Any:
-    """A dataclass of a recipe, its numbers as 1e9 too. The command line's own reader stands right of this part."""
-    hints = get_type_hints(kind)
-    if not isinstance(value, dict) or not value.keys() <= hints.keys():
-        raise UserError(f"{name}: {value!r} is not possible; give some of {', '.join(hints)}")
-    made: dict[str, Any] = {}
-    for key, inner in value.items():
-        hint = hints[key]
-        if is_dataclass(hint):
-            made[key] = _section(hint, inner, key)
-        elif hint == list[Text]:
-            made[key] = [_section(Text, one, key) for one in inner]
-        else:
-            made[key] = hint(float(inner)) if hint in (int, float) else inner
-    return kind(**made)
 
 
 def recipe_stages(recipe: Recipe, base: Decoder) -> list[tuple[str, Stage, int, int]]:

@@ -82,7 +82,9 @@ class Terms:
     folder: Path
     """The run directory."""
     key: str
-    """Says what base and text are."""
+    """Says what base and text are, and which rows are taken."""
+    evaluated: bool = False
+    """Measure on the rows of tasks that evaluation keeps, not on the search's: to report, not to choose by."""
 
     @property
     def linear(self) -> list[int]:
@@ -288,7 +290,7 @@ class Comparison:
             copy_filler=asked.copy_filler,
             seed=terms.seed + objectives.RECALL_SEED,  # so that no prompt that is made is one of the evaluation's
             allow_code=asked.allow_code,
-            excluded=lambda task: _rows_of(task)[1],
+            excluded=lambda task: _rows_of(task)[0 if terms.evaluated else 1],
         )
         return found | result["outputs"]["hybrid"]
 
