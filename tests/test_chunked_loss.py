@@ -5,14 +5,12 @@ Without a GPU the kernel runs under Triton's interpreter: TRITON_INTERPRET=1, wi
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
+from modules import kernel_module
 from torch import Tensor
 
 from postnas.ops import chunked_loss
@@ -28,18 +26,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
-    return importlib.import_module("postnas.ops.chunked_loss_triton")
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, so that a row's loss left unwritten shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    return kernel_module("chunked_loss_triton")
 
 
 def heads_and_hidden(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,14 +5,12 @@ Without a GPU the kernels run under Triton's interpreter: TRITON_INTERPRET=1, wi
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Iterator
 from itertools import pairwise
 from types import ModuleType
 
 import pytest
 import torch
+from modules import kernel_module
 from torch import Tensor
 
 from postnas.ops.dynamic_conv import dynamic_conv, plain_causal_conv, plain_dynamic_conv, stages_within
@@ -24,20 +22,8 @@ Arguments = dict[str, Tensor]
 
 
 @pytest.fixture
-def kernels() -> Iterator[ModuleType]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
-    yield importlib.import_module("postnas.ops.dynamic_conv_triton")
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, so that what a kernel leaves unwritten or reads beyond its input shows."""
-    empty, empty_like = torch.empty, torch.empty_like
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: empty_like(*a, **k).fill_(float("nan")))
+def kernels() -> ModuleType:
+    return kernel_module("dynamic_conv_triton")
 
 
 def arguments(

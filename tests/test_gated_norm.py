@@ -5,14 +5,12 @@ Without a GPU the kernels run under Triton's interpreter: TRITON_INTERPRET=1, wi
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Iterator
 from types import ModuleType
 from typing import get_args
 
 import pytest
 import torch
+from modules import kernel_module
 from torch import Tensor
 
 from postnas.blocks.kda import SigmoidRMSNorm
@@ -28,19 +26,8 @@ Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 @pytest.fixture
-def kernels() -> Iterator[ModuleType]:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
-    yield importlib.import_module("postnas.ops.gated_norm_triton")
-
-
-@pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, so that what a kernel leaves unwritten or reads beyond its input shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+def kernels() -> ModuleType:
+    return kernel_module("gated_norm_triton")
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32, wide: torch.dtype | None = None) -> Inputs:

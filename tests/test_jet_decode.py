@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from contextlib import nullcontext
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from modules import benchmark
 from torch import Tensor
 
 from postnas.blocks.dims import Dims
@@ -326,11 +325,7 @@ def test_cuda_step_is_the_same_every_time() -> None:
 
 
 def test_merged_rows_take_the_place_of_their_kind_alone() -> None:
-    path = Path(__file__).parent.parent / "benchmarks" / "jetblock_sweep.py"
-    spec = importlib.util.spec_from_file_location("jetblock_sweep", path)
-    assert spec is not None and spec.loader is not None
-    sweep = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sweep)
+    sweep = benchmark("jetblock_sweep")
 
     def row(ms: float, op: str = "jet_decode_tile", batch: int = 1, **more: Any) -> dict[str, Any]:
         return {"op": op, "shape": "2B", "batch": batch, "state_dtype": "float32", "ms": ms} | more

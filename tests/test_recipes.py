@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from modules import benchmark
 
 from postnas.__main__ import main, parse, read_recipe
 from postnas.blocks import linear_blocks
@@ -291,15 +291,6 @@ def test_a_budget_above_the_layers_is_one_line() -> None:
 # The dry run
 
 
-def dry_run() -> Any:
-    spec = importlib.util.spec_from_file_location("dry_run_h100", ROOT / "benchmarks" / "dry_run_h100.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dry_run_h100"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def started(module: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: str) -> list[dict[str, Any]]:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OUT", str(folder))
@@ -310,7 +301,7 @@ def started(module: Any, monkeypatch: pytest.MonkeyPatch, folder: Path, *flags: 
 
 
 def test_dry_run_gives_a_row_a_stage_by_which_plan_prices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = dry_run()
+    module = benchmark("dry_run_h100")
     assert started(module, monkeypatch, tmp_path, "--seconds", "-1") == []
     rows = started(module, monkeypatch, tmp_path)
     assert [row["stage"] for row in rows] == ["align", "place", "train", "stage2"]
@@ -328,7 +319,7 @@ def test_dry_run_gives_a_row_a_stage_by_which_plan_prices(tmp_path: Path, monkey
 
 
 def test_dry_run_halves_what_does_not_fit_and_keeps_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = dry_run()
+    module = benchmark("dry_run_h100")
     whole = module.DryRun._train
 
     def narrow(self: Any, settings: Any, folder: Path) -> None:
@@ -347,7 +338,7 @@ def test_dry_run_halves_what_does_not_fit_and_keeps_an_error(tmp_path: Path, mon
 
 
 def test_dry_run_does_not_mix_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = dry_run()
+    module = benchmark("dry_run_h100")
     started(module, monkeypatch, tmp_path, "--stages", "align")
     monkeypatch.setattr(module, "device_name", lambda device: "another")
     with pytest.raises(SystemExit, match="is of CPU"):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from modules import benchmark
 
 from postnas.errors import UserError
 from postnas.files import write_json
@@ -16,16 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def render_module() -> Any:
-    spec = importlib.util.spec_from_file_location("render", ROOT / "benchmarks" / "render.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["render"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-render = render_module()
+render = benchmark("render")
 
 
 def row(model: str, metric: str, value: float, stderr: float | None = None) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
+from modules import benchmark
 
 from postnas.files import read_json, write_json
 
@@ -16,10 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """The benchmark, with a folder of one file as its model and made-up answers; `asked` tells what was worked on."""
-    spec = importlib.util.spec_from_file_location("offline_suite", ROOT / "benchmarks" / "offline_suite.py")
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = benchmark("offline_suite")
     module.asked = []
 
     def outputs(task: Any, model: Any, tokenizer: Any, rows: Any, label: str) -> list[dict[str, Any]]:
