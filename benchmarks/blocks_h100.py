@@ -240,9 +240,7 @@ class Bench:
         """Decode of every size, kept where `sizes` looks for it."""
         settings, terms = self.size_settings(), self.size_terms
         base = Variant("", "jet", dict(EXPAND))
-        cache = terms.meta(base).state_bytes(1, terms.dtype)
-        shape = terms.base.config.dims(), cache, settings.heads, settings.key_dims, base.options, settings.tolerance
-        found, _ = sizes.grid("jet", *shape, terms.dtype)
+        _, found, _ = sizes.asked_grid(settings, "jet", terms.meta(base), base.options, terms.dtype)
         comparison = Comparison("size", settings, terms)
         for options in [base.options, *found]:
             comparison.speed(Variant("", "jet", options))

@@ -124,9 +124,8 @@ class Bench:
         wanted = [(name, EXPAND) for name in SELECTED]
         sized, dtype = (self.chosen("select") or {"block": "jet"})["block"], state.base.lm_head.weight.dtype
         with torch.device("meta"):
-            cache = make_block(sized, dims, EXPAND).state_bytes(1, dtype)
-        size = dims, cache, recipe.size.heads, recipe.size.key_dims, EXPAND, recipe.size.tolerance
-        wanted += [(sized, options) for options in sizes.grid(sized, *size, dtype)[0]]
+            own = make_block(sized, dims, EXPAND)
+        wanted += [(sized, options) for options in sizes.asked_grid(recipe.size, sized, own, EXPAND, dtype)[1]]
         for name, options in wanted:
             with torch.device(device):
                 block = make_block(name, dims, options)

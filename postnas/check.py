@@ -17,7 +17,7 @@ from postnas.recipe import Recipe
 from postnas.search import objectives
 from postnas.search.blocks import MEASURES
 from postnas.search.placement import check_blocks
-from postnas.search.sizes import grid
+from postnas.search.sizes import asked_grid
 from postnas.search.strategies import STRATEGIES
 from postnas.search.variants import SCORED
 from postnas.search.windows import check_window
@@ -127,12 +127,5 @@ def _check_variants(recipe: Recipe, config: Any) -> None:
 
         some(f"design.variants.{name}: ", designed)
     if recipe.has("size"):
-        some("", lambda block, own: _sizes(recipe, config, block, own))
-
-
-def _sizes(recipe: Recipe, config: Any, block: str, options: dict[str, Any]) -> None:
-    settings, own = recipe.size, make_block(block, config.dims(), options)
-    dtype = getattr(torch, recipe.base.dtype)
-    budget = settings.cache_bytes or own.state_bytes(1, dtype)
-    heads, key_dims = settings.heads or [own.heads], settings.key_dims or [own.key_dim]
-    grid(block, config.dims(), budget, heads, key_dims, options, settings.tolerance, dtype)
+        dtype = getattr(torch, recipe.base.dtype)
+        some("", lambda block, own: asked_grid(recipe.size, block, make_block(block, dims, own), own, dtype))

@@ -56,6 +56,16 @@ def grid(
     return found, refused
 
 
+def asked_grid(
+    settings: Size, block: str, own: Any, options: dict[str, Any], dtype: torch.dtype
+) -> tuple[int, list[dict[str, Any]], list[Row]]:
+    """The cache budget in bytes, and the `grid` at it. What the settings leave open is as in `own`, a mixer of these
+    options. Raises UserError as `grid` does."""
+    budget = settings.cache_bytes or own.state_bytes(1, dtype)
+    heads, key_dims = settings.heads or [own.heads], settings.key_dims or [own.key_dim]
+    return budget, *grid(block, own.dims, budget, heads, key_dims, options, settings.tolerance, dtype)
+
+
 def _valued(
     block: str, dims: Dims, options: dict[str, Any], cache_bytes: int, tolerance: float, dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -120,10 +130,8 @@ def size(settings: Size, terms: Terms, block: str, options: dict[str, Any]) -> R
     block, options: what stands in the linear layers so far; its own sizes come first where they are at the budget.
     Of equally good points the one with fewer parameters is chosen. Raises UserError as `grid` and `compare` do.
     """
-    dims, own = terms.base.config.dims(), terms.meta(Variant("", block, options))
-    budget = settings.cache_bytes or own.state_bytes(1, terms.dtype)
-    heads, key_dims = settings.heads or [own.heads], settings.key_dims or [own.key_dim]
-    found, refused = grid(block, dims, budget, heads, key_dims, options, settings.tolerance, terms.dtype)
+    own = terms.meta(Variant("", block, options))
+    budget, found, refused = asked_grid(settings, block, own, options, terms.dtype)
     if abs(own.state_bytes(1, terms.dtype) / budget - 1) <= settings.tolerance:
         same = (own.heads, own.key_dim)
         found = [options, *(one for one in found if (one["num_heads"], one["head_dim"]) != same)]
